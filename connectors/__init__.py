@@ -1,0 +1,1 @@
+"""What runs inside an engine. Filled by the tiered-offload work."""

@@ -1,0 +1,1 @@
+"""The compiled core: C++17 headers with thin Cython faces."""
