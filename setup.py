@@ -15,7 +15,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
 DEBUG = os.environ.get("KVINDEX_DEBUG") == "1"
-PROTOS = {"kvindex/v1/index.proto": "index_pb2", "indexer/v1/indexer.proto": "indexer_pb2"}
 
 
 def extensions() -> list[Extension]:
@@ -52,7 +51,8 @@ class Protobuf(Command):
         target = ROOT / "kvindex" / "service" / "pb"
         target.mkdir(parents=True, exist_ok=True)
         well_known = pathlib.Path(grpc_tools.__file__).parent / "_proto"
-        for proto, module in PROTOS.items():
+        for path in sorted((ROOT / "proto").rglob("*.proto")):
+            proto, module = path.relative_to(ROOT / "proto").as_posix(), f"{path.stem}_pb2"
             with tempfile.TemporaryDirectory() as out:
                 code = protoc.main(
                     ["protoc", f"-I{ROOT / 'proto'}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", proto]
