@@ -1,7 +1,8 @@
 """The `kvindex` command: a lazy table of sub-commands, and how errors are printed.
 
-Each command is a module with `add_parser(subparsers)`, which adds one parser of the command's name, and `run(args) -> int`.
-Only the module of the command that was asked for is imported, so one that is missing or broken cannot break the others.
+Each command is a module with `add_parser(subparsers)`, which adds one parser of the command's name, and
+`run(args) -> int`. Only the module of the command that was asked for is imported, so one that is missing or broken
+cannot break the others.
 """
 
 from __future__ import annotations
