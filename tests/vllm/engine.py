@@ -2,7 +2,7 @@
 
 Follows `Scheduler.schedule` and `update_from_output` of vLLM 0.32 for what touches the cache: running requests first,
 preemption of the newest when the pool is empty, admission of waiting ones after a prefix look-up, chunked prefill,
-Mamba's aligned chunks (vLLM's own function), copy-on-write blocks kept until the step has run, then one batch of events.
+Mamba's aligned chunks (vLLM's own function), copy-on-write blocks kept until the step has run, then one event batch.
 """
 
 from __future__ import annotations
