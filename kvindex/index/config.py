@@ -41,6 +41,7 @@ class PublisherOverride(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     eagle: bool = False
     key_domain: str | None = None
     persistent_tiers: frozenset[str] = frozenset()
+    offload_chunk_tokens: int | None = None
 
 
 class IndexConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -43,6 +43,7 @@ class Publisher(msgspec.Struct, frozen=True, kw_only=True):
     `endpoint` holds this publisher's HBM blocks and reaches its lower tiers. `model` None matches any model asked for.
     `key_domain` None: learnt from the first block whose block key is already known. `eagle`: the engine drafts with
     EAGLE/MTP and gives up its last matched block (nothing on the wire says so). `persistent_tiers` survive a restart.
+    `offload_chunk_tokens`: what an offloaded chunk holds, for engines whose events name only its last block.
     """
 
     endpoint: str
@@ -50,6 +51,7 @@ class Publisher(msgspec.Struct, frozen=True, kw_only=True):
     key_domain: str | None = None
     eagle: bool = False
     persistent_tiers: frozenset[str] = frozenset()
+    offload_chunk_tokens: int | None = None
 
 
 class Applied(NamedTuple):
@@ -132,9 +134,10 @@ class BlockIndex(Protocol):
         """Apply one batch; bad events are counted and skipped, the rest is applied. `at` is the sequence number, kept
         for `explain`. Never raises for content."""
 
-    def drop(self, number: int, *, keep_persistent: bool = False) -> None:
-        """Forget a publisher's residencies, orphans and groups at once, visible to the next score (restart, fence).
-        With `keep_persistent` the claims on its persistent tiers stay."""
+    def drop(self, number: int, *, restart: bool) -> None:
+        """Forget a publisher's residencies at once, visible to the next score. A fence (`restart=False`) drops all tiers
+        but remembers what engine keys mean, so that later children attach; a restart forgets that, orphans and groups
+        too, and keeps the claims on the publisher's persistent tiers."""
 
     def hide(self, number: int, hidden: bool) -> None:
         """A hidden publisher's endpoint is absent from scores; nothing is forgotten."""
