@@ -10,11 +10,16 @@ events carry no salt and no media, so their tokens alone would name the plain pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
 
 from kvindex.events.model import NO_EXTRA, Event, Extra, Stored
 from kvindex.index.chains import Block, Domain, Forest
 from kvindex.index.keys import local_hash, root_key
 from kvindex.scoring.hybrid import Group
+
+_UNKNOWN: Final = object()
 
 
 class Placing:
@@ -24,15 +29,21 @@ class Placing:
         self._forest = forest
         self._domain = domain
         self._block_size = {group.number: group.block_size for group in groups}
+        self._sizes = sorted({size for group in groups for size in group.sizes})
         self._chunk_tokens = chunk_tokens
         self.named: list[tuple[int, Block]] = []
 
     def place(self, events: Sequence[Event]) -> int:
         """Name what can be named; returns how many keys of sparse stores were left without a place."""
-        stores = [e for e in events if isinstance(e, Stored) and e.engine_keys]
+        told = [e for e in events if isinstance(e, Stored)]
+        stores = [e for e in told if e.engine_keys]
         dense = [e for e in stores if e.is_dense]
         for event in sorted(dense, key=lambda e: e.tier != "hbm"):  # HBM events are the authority on what a key means
             self._dense(event)
+        if len(self._sizes) > 1:
+            for event in told:
+                if event.tier == "hbm" and len(event.token_ids):
+                    self._twins(event, dense)
         unplaced = 0
         for event in stores:
             if len(event.token_ids) == 0:
@@ -86,6 +97,47 @@ class Placing:
     def _name(self, engine_key: int, block: Block, provisional: bool) -> None:
         self._forest.name(self._domain, engine_key, block, provisional)
         self.named.append((engine_key, block))
+
+    # ------------------------------------------------------------------ several block sizes
+
+    def _twins(self, event: Stored, dense: Sequence[Stored]) -> None:
+        """Groups of different block sizes share engine keys where their blocks end together. Follow the event's tokens in
+        the chain of every size whose start is known; what is named in one chain is so in the others too. Without this, a
+        child whose parent was announced under another block size would have no place."""
+        if any(extra.mm or extra.embeds is not None for extra in event.extras):
+            return  # a medium's end inside a larger block is not announced: finer chains are uncertain
+        salt = self._salt_of(event, dense)
+        if salt is _UNKNOWN:
+            return
+        ends: dict[int, list[Block]] = {}
+        for size in self._sizes:
+            base = self._known(event.parent, size) if event.parent is not None else self._root(size, event.lora, salt)
+            if base is None or _has_media(base):
+                continue
+            for start in range(0, len(event.token_ids) - size + 1, size):
+                base = self._forest.child(base, local_hash(event.token_ids[start : start + size]), NO_EXTRA)
+                ends.setdefault(start + size, []).append(base)
+        for twins in ends.values():
+            if len(twins) > 1:
+                keys = {key for block in twins for domain, key in block.names if domain is self._domain}
+                for block in twins:
+                    for key in keys:
+                        if self._known(key, block.size) is None:
+                            self._name(key, block, provisional=False)
+
+    def _salt_of(self, event: Stored, dense: Sequence[Stored]) -> Any:
+        """The salt of an event from the first token: its own block 0 says it, else a dense sibling of the same tokens."""
+        if event.parent is not None or event.is_dense:
+            return event.extras[0].cache_salt if event.extras else None
+        salts = set()
+        for other in dense:
+            common = min(len(other.token_ids), len(event.token_ids))
+            if other.parent is None and other.lora == event.lora and other.tier == event.tier:
+                if np.array_equal(other.token_ids[:common], event.token_ids[:common]):
+                    if any(extra.mm or extra.embeds is not None for extra in other.extras):
+                        return _UNKNOWN
+                    salts.add(other.extras[0].cache_salt if other.extras else None)
+        return salts.pop() if len(salts) == 1 else _UNKNOWN
 
     # ------------------------------------------------------------------ chunks and placeholders
 

@@ -50,6 +50,7 @@ class _Stream:
         self.cleared_at: int | None = None
         self.reports_hits = False  # kv_cache_report_mode=full was seen
         self.resident: dict[tuple[str, int, int], list[Any]] = {}  # -> [copies, domain]
+        self.doubtful: Counter[tuple[str, int, int]] = Counter()  # copies that may have been reports of a hit
         self.kinds: dict[int, tuple[Kind, int]] = {}
         self.sizes: dict[int, set[int]] = {}
         self.lower_sizes: dict[int, int] = {}
@@ -229,10 +230,17 @@ class ReferenceIndex:
         self._forest.absorb(old, domain)
 
     def _store(self, stream: _Stream, event: Stored, at: int, new: set[tuple[str, int, int]]) -> int:
-        if event.tier == HBM and self._is_report(stream, event, new):
-            return 0
+        doubtful = False
+        if event.tier == HBM and event.parent is None and event.is_dense and len(event.token_ids):
+            repeats = self._repeats_hit(stream, event, new)
+            if repeats and (stream.reports_hits or repeats > 1):
+                self._forget_doubtful(stream)
+                return 0
+            doubtful = repeats == 1
         for engine_key in event.engine_keys:
             key = (event.tier, event.group, engine_key)
+            if doubtful:
+                stream.doubtful[key] += 1
             entry = stream.resident.get(key)
             if entry is None:
                 stream.resident[key] = [1, stream.domain]
@@ -257,10 +265,13 @@ class ReferenceIndex:
             if entry[0] == 0:
                 self._note(stream, event.group, engine_key, "removed", at)
                 self._forget(stream, key)
+            elif key in stream.doubtful:
+                stream.doubtful[key] = min(stream.doubtful[key], entry[0])
         return count
 
     def _forget(self, stream: _Stream, key: tuple[str, int, int]) -> None:
         _, domain = stream.resident.pop(key)
+        stream.doubtful.pop(key, None)
         references = domain.references
         references[key[2]] -= 1
         if references[key[2]] == 0:
@@ -272,20 +283,29 @@ class ReferenceIndex:
         for block in stream.domain.names.get(engine_key, {}).values():
             block.history[stream.number, group] = (status, at, stream.generation)
 
-    def _is_report(self, stream: _Stream, event: Stored, new: set[tuple[str, int, int]]) -> bool:
-        """Is this `kv_cache_report_mode=full` re-announcing a hit, and no second copy?
+    def _forget_doubtful(self, stream: _Stream) -> None:
+        """The engine does report hits: copies that may have been reports were."""
+        stream.reports_hits = True
+        for key, copies in list(stream.doubtful.items()):
+            entry = stream.resident.get(key)
+            if entry is not None:
+                entry[0] -= copies
+                if entry[0] < 1:
+                    self._forget(stream, key)
+        stream.doubtful.clear()
 
-        It looks like a store from the first token of blocks that are held already. An engine that could have used that
-        prefix would not have computed it again, unless both requests ran in this very step (`new`) or the prefix is one
-        hit unit long, which an engine does compute again when it is the whole prompt.
+    def _repeats_hit(self, stream: _Stream, event: Stored, new: set[tuple[str, int, int]]) -> int:
+        """How many hit units of a usable prefix does this event announce again? 0: none, it is a second copy.
+
+        `kv_cache_report_mode=full` looks like a store, from the first token, of blocks that are held already. An engine
+        that could have used that prefix would not have computed it again, unless both requests ran in this very step
+        (`new`), or the prefix is one hit unit long: that it does compute again when it is the whole prompt.
         """
         length = len(event.token_ids)
-        if event.parent is not None or not event.is_dense or length == 0:
-            return False
         groups = stream.groups()
         unit = hybrid.alignment(groups).tokens
         if length % unit:
-            return False
+            return 0
         blocks = {size: self._blocks_of(event, size) for group in groups for size in group.sizes}
 
         def held(group: int, size: int, index: int) -> bool:
@@ -297,10 +317,8 @@ class ReferenceIndex:
             )
 
         if hybrid.usable_tokens(groups, length + 1, held, stream.publisher.eagle) != length:
-            return False
-        if length >= 2 * unit:
-            stream.reports_hits = True
-        return stream.reports_hits
+            return 0
+        return length // unit
 
     def _blocks_of(self, event: Stored, size: int) -> list[Block | None]:
         """The known blocks, at another block size, of the prefix that a parentless event tells."""

@@ -96,9 +96,10 @@ def usable_tokens(groups: Sequence[Group], prompt_tokens: int, held: Held, eagle
         return 0
     align = alignment(groups)
     limit = prompt_tokens - 1
-    if eagle:  # one more block must be matched, then is given up: it may be the prompt's last
-        limit = min(limit, prompt_tokens // align.unit * align.unit - max(g.block_size for g in groups))
-    margin = max((g.block_size for g in groups), default=0) if eagle else 0
+    margin = max(g.block_size for g in groups) if eagle else 0
+    if eagle:  # one more block must be matched, then is given up; with several groups it may be the prompt's last
+        whole = prompt_tokens if len(groups) > 1 else limit
+        limit = min(limit, whole // align.unit * align.unit - margin)
     reach = min(
         (full_reach(g, limit + margin, align, held) - margin for g in groups if g.kind is Kind.FULL), default=limit
     )
