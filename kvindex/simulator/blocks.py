@@ -65,16 +65,15 @@ class BlockPool:
         """Take `count` blocks from the front of the queue; also returns the keys lost with them, in eviction order."""
         if count > len(self._free):
             raise IntegrityError(f"{count} blocks asked, {len(self._free)} are free")
-        taken: list[int] = []
+        take, key_of, references = self._free.popitem, self._key_of, self._references
+        taken = [take(last=False)[0] for _ in range(count)]
         evicted: list[int] = []
-        for _ in range(count):
-            block, _ = self._free.popitem(last=False)
-            key = self._key_of[block]
+        for block in taken:
+            references[block] = 1
+            key = key_of[block]
             if key is not None:
                 self._forget(block, key)
                 evicted.append(key)
-            self._references[block] = 1
-            taken.append(block)
         return taken, evicted
 
     def store(self, block: int, key: int) -> None:
@@ -82,7 +81,11 @@ class BlockPool:
         if self._key_of[block] is not None:
             raise IntegrityError(f"block {block} already holds a key")
         self._key_of[block] = key
-        self._blocks_of.setdefault(key, []).append(block)
+        blocks = self._blocks_of.get(key)
+        if blocks is None:
+            self._blocks_of[key] = [block]
+        else:
+            blocks.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
         """Give up one reference to each of `blocks`, given in the order in which they should be evicted."""

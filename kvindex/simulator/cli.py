@@ -8,13 +8,12 @@ import json
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from kvindex.errors import KvindexError
+from kvindex.errors import ServiceError
 from kvindex.simulator import tokenizer
 from kvindex.simulator.config import EngineConfig, LatencyModel
 from kvindex.simulator.driver import Clock
@@ -99,14 +98,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer.export(args.export_model)
         print(json.dumps({"model": str(args.export_model)}) if args.json else f"wrote {args.export_model}")
         return 0
-    try:
-        asyncio.run(_serve(args))
-    except KvindexError as error:
-        print(f"kvindex sim: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"kvindex sim: cannot listen on {args.host}:{args.port}: {error}", file=sys.stderr)
-        return 1
+    asyncio.run(_serve(args))
     return 0
 
 
@@ -145,7 +137,10 @@ async def _serve(args: argparse.Namespace) -> None:
     config = _engine_config(args)
     chat = tokenizer.ChatModel.load(args.model_path) if args.model_path else tokenizer.ChatModel.builtin()
     # Bound before the engines exist: their topic carries the port.
-    listener = socket.create_server((args.host, args.port), backlog=1024)
+    try:
+        listener = socket.create_server((args.host, args.port), backlog=1024)
+    except OSError as error:
+        raise ServiceError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from error
     port = listener.getsockname()[1]
     fleet = Fleet(
         config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from kvindex.simulator.engine import Engine, Output
 from kvindex.simulator.metrics import RankMetrics
@@ -42,7 +42,7 @@ class Driver:
         """vLLM's own measure for spreading requests over ranks: waiting ones weigh four times."""
         return len(self.engine.running) + 4 * len(self.engine.waiting)
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """The request's tokens as they come; leaving early aborts it. Raises UsageError when it cannot be served."""
         self.engine.add(request, self._clock.now())
         # Bounded by the request's own max_tokens.

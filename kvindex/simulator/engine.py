@@ -17,7 +17,7 @@ import xxhash
 from kvindex.errors import UsageError
 from kvindex.simulator.config import EngineConfig
 from kvindex.simulator.kvcache import PrefixCache
-from kvindex.simulator.request import Request, mix
+from kvindex.simulator.request import Request, mix, weyl
 from kvindex.simulator.wire import Event
 
 
@@ -127,6 +127,41 @@ class Engine:
         self._due = now + self._batch_seconds() if self._batch else None
         return StepResult(outputs, events, self._due)
 
+    def coast(self, until: float) -> float | None:
+        """Run ahead to `until` through steps in which nothing but decoding happens: no request joins, finishes or is
+        preempted, and nothing is announced. Returns when the current step ends, like `step`. Their tokens are written
+        into the requests and not returned, so this is for drivers that only look at whole answers; those get exactly
+        what stepping gives them."""
+        if self._due is None or self._due > until or self.waiting or self._aborted:
+            return self._due
+        if any(tokens != 1 or not request.output_tokens for request, tokens in self._batch):
+            return self._due
+        most = self._quiet_steps()
+        seconds = self._batch_seconds()
+        count = 0
+        while count < most and self._due <= until:
+            self._due += seconds
+            count += 1
+        if count:
+            for request, _ in self._batch:
+                request.tokens.extend(self._sample(request, count))
+                request.computed += count
+                self.cache.grow(request, 1)
+            self.stats.generated += count * len(self._batch)
+            self.stats.steps += count
+        return self._due
+
+    def _quiet_steps(self) -> int:
+        """How many decode steps can end, and be followed by another, before something happens."""
+        size = self.config.block_size
+        steps = min(request.max_tokens - request.output_tokens for request, _ in self._batch) - 1
+        if self.config.report_events:
+            # A step whose last token fills a block announces it; the one after takes a block, which may evict.
+            fills = ((request.computed + 1) % size for request, _ in self._batch)
+            return min(steps, *(size - 1 - fill if fill else 0 for fill in fills))
+        needed = sum(-(-(request.computed + 1 + steps) // size) - len(request.blocks) for request, _ in self._batch)
+        return steps if needed <= self.cache.pool.free_blocks else 0
+
     @property
     def is_idle(self) -> bool:
         return not self._requests
@@ -153,7 +188,7 @@ class Engine:
             request.computed += tokens
             if request.computed < len(request.tokens):
                 continue  # a chunk of a prefill that goes on
-            token = self._sample(request)
+            token = self._sample(request, 1)[0]
             request.tokens.append(token)
             if request.first_token_at is None:
                 request.first_token_at = now
@@ -171,8 +206,10 @@ class Engine:
         self.stats.steps += bool(self._batch)
         return outputs
 
-    def _sample(self, request: Request) -> int:
-        return self._vocabulary[mix(request.sample_seed + request.output_tokens) % len(self._vocabulary)]
+    def _sample(self, request: Request, count: int) -> list[int]:
+        """The next `count` tokens: equal prompts are answered equally."""
+        words, size = self._vocabulary, len(self._vocabulary)
+        return [words[number % size] for number in weyl(request.sample_seed, request.output_tokens, count)]
 
     def _schedule(self, now: float) -> list[Scheduled]:
         batch: list[Scheduled] = []

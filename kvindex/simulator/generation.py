@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import NamedTuple
 
 from aiohttp import web
@@ -48,13 +49,11 @@ class Generations:
         form = Form(chat, request_id, body.model or self._fleet.config.model)
         headers = {"X-Request-Id": request_id}
         pieces = self._pieces(requests, rank)
-        try:
+        # Closed also when the client went away: the generators' own clean-up aborts the requests.
+        async with aclosing(pieces):
             if body.stream:
                 return await self._stream(http, body, requests, form, headers, pieces)
             return await self._whole(body, requests, form, headers, pieces)
-        finally:
-            # Also when the client went away: the generator's own clean-up aborts the requests.
-            await pieces.aclose()
 
     def _rank(self, header: str | None) -> int | None:
         if header is None:
@@ -120,17 +119,19 @@ class Generations:
     async def _pieces(self, requests: list[Request], rank: int | None) -> AsyncGenerator[Piece, None]:
         """The tokens of all requests in the order in which they come. Closing it aborts what is unfinished."""
         if len(requests) == 1:
-            streams = [DecodeStream(skip_special_tokens=True)]
-            async for output in self._fleet.pick(rank).generate(requests[0]):
-                yield self._piece(0, output, streams[0])
+            stream = DecodeStream(skip_special_tokens=True)
+            async with aclosing(self._fleet.pick(rank).generate(requests[0])) as outputs:
+                async for output in outputs:
+                    yield self._piece(0, output, stream)
             return
         queue: asyncio.Queue[Piece | None] = asyncio.Queue()
 
         async def feed(choice: int, request: Request) -> None:
             stream = DecodeStream(skip_special_tokens=True)
             try:
-                async for output in self._fleet.pick(rank).generate(request):
-                    queue.put_nowait(self._piece(choice, output, stream))
+                async with aclosing(self._fleet.pick(rank).generate(request)) as outputs:
+                    async for output in outputs:
+                        queue.put_nowait(self._piece(choice, output, stream))
             finally:
                 queue.put_nowait(None)
 

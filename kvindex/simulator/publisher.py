@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-import msgspec
 import zmq
 
 from kvindex.errors import ConfigError
-from kvindex.simulator.wire import END_OF_REPLAY, Event, EventBatch, EventSource
+from kvindex.simulator.wire import END_OF_REPLAY, Event, EventSource, frames
 
 
 class Publisher:
@@ -33,11 +32,10 @@ class Publisher:
     ) -> None:
         self._context = context or zmq.Context.instance()
         self._rank = rank
-        self._topic = topic.encode()
+        self._topic = topic
         self._sequence = 0
-        self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_steps)
+        self._buffer: deque[list[bytes]] = deque(maxlen=buffer_steps)
         self._lock = threading.Lock()  # guards _buffer
-        self._encoder = msgspec.msgpack.Encoder()
         self._withhold = 0
 
         self._pub = self._context.socket(zmq.PUB)
@@ -82,15 +80,14 @@ class Publisher:
         self._withhold += batches
 
     def publish(self, events: list[Event], timestamp: float) -> None:
-        payload = self._encoder.encode(EventBatch(timestamp, events, self._rank))
-        sequence = self._sequence
+        message = frames(self._topic, self._sequence, timestamp, events, self._rank)
         self._sequence += 1
         if self._withhold:
             self._withhold -= 1
         else:
-            self._pub.send_multipart((self._topic, sequence.to_bytes(8, "big"), payload))
+            self._pub.send_multipart(message)
         with self._lock:
-            self._buffer.append((sequence, payload))
+            self._buffer.append(message)
 
     def close(self) -> None:
         if self._stop is not None and self._thread is not None:
@@ -108,15 +105,15 @@ class Publisher:
                 ready = dict(poller.poll())
                 if stopped in ready:
                     return
-                frames = router.recv_multipart()
-                if len(frames) != 3 or len(frames[2]) != 8:
+                asked = router.recv_multipart()
+                if len(asked) != 3 or len(asked[2]) != 8:
                     continue  # not a replay request; vLLM logs and drops it too
-                client, _, start = frames
-                first = int.from_bytes(start, "big")
+                client, _, start = asked
                 with self._lock:
-                    batches = [item for item in self._buffer if item[0] >= first]
-                for sequence, payload in batches:
-                    router.send_multipart((client, b"", self._topic, sequence.to_bytes(8, "big"), payload))
+                    # Eight bytes big-endian compare like the numbers they are.
+                    messages = [message for message in self._buffer if message[1] >= start]
+                for message in messages:
+                    router.send_multipart((client, b"", *message))
                 router.send_multipart((client, b"", b"", END_OF_REPLAY, b""))
         finally:
             router.close()

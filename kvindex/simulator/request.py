@@ -19,6 +19,12 @@ def root_key(hash_seed: str) -> int:
     return int(xxhash.xxh3_64_intdigest(hash_seed.encode()))
 
 
+def weyl(seed: int, first: int, count: int) -> list[int]:
+    """`count` numbers below 2**31 from position `first` of a sequence that `seed` names."""
+    start = seed + first * _GOLDEN
+    return [((start + index * _GOLDEN) & _MASK) >> 33 for index in range(count)]
+
+
 def mix(value: int) -> int:
     """splitmix64's finaliser: a well-spread 64-bit number out of any integer."""
     value = (value + _GOLDEN) & _MASK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -9,7 +10,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from kvindex.errors import TokenizerError
+from kvindex.errors import KvindexError
 from kvindex.simulator.fleet import Fleet
 from kvindex.simulator.generation import Generations
 from kvindex.simulator.openai import ApiError, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -17,6 +18,7 @@ from kvindex.simulator.tokenizer import ChatModel
 
 VERSION = "0.32.0+kvindex.sim"
 _MAX_BODY_BYTES = 64 << 20
+_LONG_TEXT = 16_384
 Body = TypeVar("Body")
 
 
@@ -50,7 +52,7 @@ class Server:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await _decode(request, CompletionBody)
-        prompts = [self._chat.encode(item) if isinstance(item, str) else item for item in body.prompts()]
+        prompts = [await self._encode(item, True) if isinstance(item, str) else item for item in body.prompts()]
         return await self._generations.answer(request, body, prompts, chat=False)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
@@ -59,7 +61,7 @@ class Server:
             body.messages, body.add_generation_prompt, tools=body.tools, **body.chat_template_kwargs
         )
         # The template writes the special tokens itself.
-        prompt = self._chat.encode(text, add_special_tokens=False)
+        prompt = await self._encode(text, False)
         return await self._generations.answer(request, body, [prompt], chat=True)
 
     async def tokenize(self, request: web.Request) -> web.Response:
@@ -68,9 +70,9 @@ class Server:
             text = self._chat.render(
                 body.messages, body.add_generation_prompt, tools=body.tools, **body.chat_template_kwargs
             )
-            ids = self._chat.encode(text, bool(body.add_special_tokens))
+            ids = await self._encode(text, bool(body.add_special_tokens))
         elif body.prompt is not None:
-            ids = self._chat.encode(body.prompt, body.add_special_tokens is not False)
+            ids = await self._encode(body.prompt, body.add_special_tokens is not False)
         else:
             raise ApiError(400, "either prompt or messages is needed")
         strings = [self._chat.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
@@ -80,6 +82,12 @@ class Server:
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await _decode(request, DetokenizeBody)
         return _json({"prompt": self._chat.decode(body.tokens)})
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) < _LONG_TEXT:
+            return self._chat.encode(text, add_special_tokens)
+        # Tens of milliseconds in which the engine would stand still.
+        return await asyncio.to_thread(self._chat.encode, text, add_special_tokens)
 
     async def models(self, _: web.Request) -> web.Response:
         config = self._fleet.config
@@ -157,7 +165,7 @@ async def _errors(
         return await handler(request)
     except ApiError as error:
         return _json(error.body(), error.status)
-    except TokenizerError as error:
+    except KvindexError as error:
         return _json(ApiError(400, str(error)).body(), 400)
     except web.HTTPException as error:
         if error.status < 400:

@@ -50,6 +50,12 @@ class EventBatch(msgspec.Struct, frozen=True, array_like=True):
     data_parallel_rank: int
 
 
+def frames(topic: str, sequence: int, timestamp: float, events: list[Event], rank: int = 0) -> list[bytes]:
+    """One message as it arrives at a subscriber."""
+    payload = msgspec.msgpack.encode(EventBatch(timestamp, events, rank))
+    return [topic.encode(), sequence.to_bytes(8, "big"), payload]
+
+
 class EventSource(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's entry in the answer of `GET /kv_event_sources`."""
 
