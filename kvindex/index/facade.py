@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 
 from kvindex.errors import UsageError
 from kvindex.events.decode import decode
-from kvindex.events.frames import END_OF_REPLAY, split_frames
+from kvindex.events.frames import digest, split
 from kvindex.events.model import EventBatch, Skip, Tokens
 from kvindex.events.sequence import Verdict
 from kvindex.index.config import IndexConfig
@@ -78,12 +77,11 @@ class Index:
         With `hold_gaps`, a live message after lost ones is not applied but reported (`gap`), so that the caller may have
         the lost ones replayed first and then offer it again.
         """
-        message = split_frames(frames, replay)
-        if replay and message.sequence == END_OF_REPLAY and not message.payload:
+        message = split(frames, replay=replay)
+        if isinstance(message, Skip):
+            return Ingested("skipped", skipped=(message,))
+        if message.is_end:
             return Ingested("replay_end")
-        if message.sequence is None:
-            skip = Skip("bad_frame", "the sequence frame is not eight bytes long")
-            return Ingested("skipped", skipped=(skip,))
         batch = decode(message.payload)
         with self._lock:
             topic = message.topic if message.topic is not None else self._topics.get(source, "")
@@ -98,7 +96,7 @@ class Index:
 
     def _take(self, stream: Stream, sequence: int, payload: bytes, batch: EventBatch, replay: bool) -> Ingested:
         endpoint = stream.publisher.endpoint
-        decision = stream.tracker.offer(sequence, xxhash.xxh3_64_intdigest(payload), replay)
+        decision = stream.tracker.offer(sequence, digest(payload), replay)
         now = self._clock()
         stream.last_message = now
         if decision.verdict is Verdict.DUPLICATE:

@@ -233,10 +233,10 @@ class ReferenceIndex:
         doubtful = False
         if event.tier == HBM and event.parent is None and event.is_dense and len(event.token_ids):
             repeats = self._repeats_hit(stream, event, new)
-            if repeats and (stream.reports_hits or repeats > 1):
+            if repeats == "surely" or (repeats == "perhaps" and stream.reports_hits):
                 self._forget_doubtful(stream)
                 return 0
-            doubtful = repeats == 1
+            doubtful = repeats == "perhaps"
         for engine_key in event.engine_keys:
             key = (event.tier, event.group, engine_key)
             if doubtful:
@@ -294,18 +294,18 @@ class ReferenceIndex:
                     self._forget(stream, key)
         stream.doubtful.clear()
 
-    def _repeats_hit(self, stream: _Stream, event: Stored, new: set[tuple[str, int, int]]) -> int:
-        """How many hit units of a usable prefix does this event announce again? 0: none, it is a second copy.
+    def _repeats_hit(self, stream: _Stream, event: Stored, new: set[tuple[str, int, int]]) -> str:
+        """Does this event announce a usable prefix again, `surely` or `perhaps`? Empty: no, it is a second copy.
 
         `kv_cache_report_mode=full` looks like a store, from the first token, of blocks that are held already. An engine
-        that could have used that prefix would not have computed it again, unless both requests ran in this very step
-        (`new`), or the prefix is one hit unit long: that it does compute again when it is the whole prompt.
+        that could have used a part of that prefix would not have computed it from the first token, unless both requests
+        ran in this very step (`new`). But no shorter hit may have been there for a prompt that ends with the prefix.
         """
         length = len(event.token_ids)
         groups = stream.groups()
         unit = hybrid.alignment(groups).tokens
         if length % unit:
-            return 0
+            return ""
         blocks = {size: self._blocks_of(event, size) for group in groups for size in group.sizes}
 
         def held(group: int, size: int, index: int) -> bool:
@@ -316,9 +316,10 @@ class ReferenceIndex:
                 if domain is stream.domain
             )
 
-        if hybrid.usable_tokens(groups, length + 1, held, stream.publisher.eagle) != length:
-            return 0
-        return length // unit
+        eagle = stream.publisher.eagle
+        if hybrid.usable_tokens(groups, length + 1, held, eagle) != length:
+            return ""
+        return "surely" if hybrid.usable_tokens(groups, length, held, eagle) else "perhaps"
 
     def _blocks_of(self, event: Stored, size: int) -> list[Block | None]:
         """The known blocks, at another block size, of the prefix that a parentless event tells."""

@@ -91,11 +91,11 @@ class Stream:
 def describe(source: str, topic: str, rank: int, overrides: tuple[PublisherOverride, ...]) -> Publisher:
     """Who publishes: what config says, else the topic `kv@pod@model`, else the whole topic, else the socket."""
     said = next((o for o in overrides if o.source == source and o.topic in (None, topic)), None)
-    pod, model = split_topic(topic)
-    name = (said.endpoint if said else None) or pod or topic or source
+    named = split_topic(topic)
+    name = (said.endpoint if said else None) or (named.pod if named else topic) or source
     return Publisher(
         endpoint=name if rank == 0 else f"{name}:dp{rank}",
-        model=(said.model if said else None) or model or None,
+        model=(said.model if said else None) or (named.model if named else None),
         key_domain=said.key_domain if said else None,
         eagle=bool(said and said.eagle),
         persistent_tiers=said.persistent_tiers if said else frozenset(),
