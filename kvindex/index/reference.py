@@ -298,7 +298,7 @@ class ReferenceIndex:
         """Does this event announce a usable prefix again, `surely` or `perhaps`? Empty: no, it is a second copy.
 
         `kv_cache_report_mode=full` looks like a store, from the first token, of blocks that are held already. An engine
-        that could have used a part of that prefix would not have computed it from the first token, unless both requests
+        that could have used a part of that prefix would not have computed this group's first block, unless both requests
         ran in this very step (`new`). But no shorter hit may have been there for a prompt that ends with the prefix.
         """
         length = len(event.token_ids)
@@ -319,7 +319,7 @@ class ReferenceIndex:
         eagle = stream.publisher.eagle
         if hybrid.usable_tokens(groups, length + 1, held, eagle) != length:
             return ""
-        return "surely" if hybrid.usable_tokens(groups, length, held, eagle) else "perhaps"
+        return "surely" if hybrid.usable_tokens(groups, length, held, eagle) >= event.block_size else "perhaps"
 
     def _blocks_of(self, event: Stored, size: int) -> list[Block | None]:
         """The known blocks, at another block size, of the prefix that a parentless event tells."""
