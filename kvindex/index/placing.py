@@ -166,13 +166,20 @@ class Placing:
         """See the module's docstring."""
         size, keys = event.block_size, event.engine_keys
         blocks = [self._known(key, size) for key in keys]
-        if not all(blocks):
-            anchors = [self._index_in(event, key) for key in keys]
-            own = self._own_chain(event) if any(a is not None for a in anchors) else []
-            for i, at in enumerate(anchors):
-                if blocks[i] is None and at is not None and at < len(own):
-                    blocks[i] = own[at]
-        for i in range(len(keys) - 2, -1, -1):
+        if not all(block is not None and block.key is not None for block in blocks):
+            own = self._own_chain(event) if any(key in self._domain.names for key in keys) else []
+            index_of = {block: i for i, block in enumerate(own)}
+            at = [index_of.get(blocks[i]) for i in range(len(keys))]  # type: ignore[arg-type]
+            at = [self._index_in(event, key) if at[i] is None and own else at[i] for i, key in enumerate(keys)]
+            for i in range(len(keys) - 1, -1, -1):
+                before = at[i + 1] if i + 1 < len(keys) else None
+                if at[i] is None and before:
+                    at[i] = before - 1
+                where = at[i]
+                if where is not None:
+                    self._attach(blocks[i], own, where)
+                    blocks[i] = self._known(keys[i], size) or own[where]
+        for i in range(len(keys) - 2, -1, -1):  # without a chain of its own, the next key's parents lead back
             after = blocks[i + 1]
             if blocks[i] is None and after is not None and after.parent is not None and not after.parent.is_top:
                 blocks[i] = after.parent
@@ -180,6 +187,14 @@ class Placing:
             if block is not None and self._known(key, size) is None:
                 self._name(key, block, provisional=False)
         return sum(block is None for block in blocks)
+
+    def _attach(self, orphan: Block | None, own: Sequence[Block], where: int) -> None:
+        """`orphan` turned out to be `own[where]`, so what its stub stands for is known too."""
+        if orphan is None or orphan.key is not None or own[where].key is None:
+            return
+        stub, before = orphan.top.stub, where - orphan.end // orphan.size
+        if stub is not None and before >= 0 and self._known(stub[1], orphan.size) is None:
+            self._name(stub[1], own[before], provisional=False)
 
     def _index_in(self, event: Stored, engine_key: int) -> int | None:
         """Which block of the event ends where `engine_key`, known in a chain of another block size, ends."""
