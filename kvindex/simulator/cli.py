@@ -13,7 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
-from kvindex.errors import ServiceError
+from kvindex.errors import KvindexError, ServiceError
 from kvindex.simulator import tokenizer
 from kvindex.simulator.config import EngineConfig, LatencyModel
 from kvindex.simulator.driver import Clock
@@ -142,13 +142,17 @@ async def _serve(args: argparse.Namespace) -> None:
     except OSError as error:
         raise ServiceError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from error
     port = listener.getsockname()[1]
-    fleet = Fleet(
-        config,
-        _events_config(args, port),
-        dp_size=args.dp_size,
-        vocabulary=chat.vocabulary,
-        clock=lambda: Clock(args.time_scale),
-    )
+    try:
+        fleet = Fleet(
+            config,
+            _events_config(args, port),
+            dp_size=args.dp_size,
+            vocabulary=chat.vocabulary,
+            clock=Clock(args.time_scale),
+        )
+    except KvindexError:
+        listener.close()
+        raise
     server = Server(fleet, chat, report_cached_tokens=not args.no_prompt_tokens_details)
     # A client that goes away cancels its handler, which aborts its requests.
     runner = web.AppRunner(

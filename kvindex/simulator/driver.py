@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 
+from kvindex.errors import ConfigError
 from kvindex.simulator.engine import Engine, Output
 from kvindex.simulator.metrics import RankMetrics
 from kvindex.simulator.publisher import Publisher
@@ -19,6 +20,8 @@ class Clock:
     """Engine seconds: real ones times `scale`."""
 
     def __init__(self, scale: float = 1.0) -> None:
+        if not scale > 0:
+            raise ConfigError(f"time_scale: {scale} is not above 0")
         self.scale = scale
         self._start = time.monotonic()
 

@@ -132,7 +132,7 @@ class Engine:
         preempted, and nothing is announced. Returns when the current step ends, like `step`. Their tokens are written
         into the requests and not returned, so this is for drivers that only look at whole answers; those get exactly
         what stepping gives them."""
-        if self._due is None or self._due > until or self.waiting or self._aborted:
+        if self._due is None or self._due > until or self.waiting or self._aborted or self.cache.has_events:
             return self._due
         if any(tokens != 1 or not request.output_tokens for request, tokens in self._batch):
             return self._due

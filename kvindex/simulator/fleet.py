@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 
 import msgspec
 
@@ -36,7 +35,7 @@ class Fleet:
         *,
         dp_size: int = 1,
         vocabulary: list[int] | range = range(256),
-        clock: Callable[[], Clock] = Clock,
+        clock: Clock | None = None,
     ) -> None:
         if dp_size < 1:
             raise ConfigError(f"dp_size: {dp_size} is not at least 1")
@@ -46,7 +45,7 @@ class Fleet:
         self.drivers: list[Driver] = []
         self._next_rank = 0
         self._tasks: list[asyncio.Task[None]] = []
-        shared = clock()
+        shared = clock or Clock()
         try:
             for rank, engine in enumerate(engines):
                 publisher = _publisher(events, rank)

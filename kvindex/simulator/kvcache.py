@@ -94,6 +94,10 @@ class PrefixCache:
             self._events.append(AllBlocksCleared())
         return True
 
+    @property
+    def has_events(self) -> bool:
+        return bool(self._events)
+
     def take_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events

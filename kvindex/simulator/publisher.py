@@ -41,17 +41,25 @@ class Publisher:
         self._pub = self._context.socket(zmq.PUB)
         self._pub.set_hwm(hwm)
         self._pub.linger = 200
-        if binds(endpoint) if bind is None else bind:
-            endpoint = _bind(self._pub, endpoint)
-        else:
-            self._pub.connect(endpoint)
+        router: zmq.Socket[bytes] | None = None
+        try:
+            if binds(endpoint) if bind is None else bind:
+                endpoint = _bind(self._pub, endpoint)
+            else:
+                self._pub.connect(endpoint)
+            if replay_endpoint is not None:
+                router = self._context.socket(zmq.ROUTER)
+                router.linger = 200
+                replay_endpoint = _bind(router, replay_endpoint)
+        except ConfigError:
+            self._pub.close(linger=0)
+            if router is not None:
+                router.close(linger=0)
+            raise
 
         self._stop: zmq.Socket[bytes] | None = None
         self._thread: threading.Thread | None = None
-        if replay_endpoint is not None:
-            router = self._context.socket(zmq.ROUTER)
-            router.linger = 200
-            replay_endpoint = _bind(router, replay_endpoint)
+        if router is not None:
             wake = f"inproc://sim-replay-{id(self)}"
             stopped = self._context.socket(zmq.PAIR)
             stopped.bind(wake)
