@@ -78,6 +78,28 @@ class _Stream:
                     yield tier
 
 
+class _New:
+    """What one batch stored that a request in the same step could not have hit: what its own earlier groups stored just
+    now (a request's stores come in one run of rising group numbers), and states, which are ready after the step only."""
+
+    def __init__(self) -> None:
+        self._run: set[tuple[str, int, int]] = set()
+        self._batch: set[tuple[str, int, int]] = set()
+        self._group = -1
+
+    def next_event(self, event: Stored) -> None:
+        if event.tier != HBM or event.group <= self._group:
+            self._run.clear()
+        self._group = event.group if event.tier == HBM else -1
+
+    def add(self, key: tuple[str, int, int]) -> None:
+        self._run.add(key)
+        self._batch.add(key)
+
+    def hides(self, group: int, engine_key: int, is_state: bool) -> bool:
+        return (HBM, group, engine_key) in (self._batch if is_state else self._run)
+
+
 class ReferenceIndex:
     """Implements `BlockIndex`; see the protocol for what each call promises."""
 
@@ -157,7 +179,7 @@ class ReferenceIndex:
         placing = Placing(self._forest, stream.domain, stream.groups(), stream.publisher.offload_chunk_tokens)
         unplaced = placing.place(events)
         self._learn_domain(stream, placing.named)
-        new: set[tuple[str, int, int]] = set()
+        new = _New()
         stored = removed = cleared = 0
         for event in events:
             if isinstance(event, Stored):
@@ -229,8 +251,9 @@ class ReferenceIndex:
                 entry[1] = domain
         self._forest.absorb(old, domain)
 
-    def _store(self, stream: _Stream, event: Stored, at: int, new: set[tuple[str, int, int]]) -> int:
+    def _store(self, stream: _Stream, event: Stored, at: int, new: _New) -> int:
         doubtful = False
+        new.next_event(event)
         if event.tier == HBM and event.parent is None and event.is_dense and len(event.token_ids):
             repeats = self._repeats_hit(stream, event, new)
             if repeats == "surely" or (repeats == "perhaps" and stream.reports_hits):
@@ -294,24 +317,25 @@ class ReferenceIndex:
                     self._forget(stream, key)
         stream.doubtful.clear()
 
-    def _repeats_hit(self, stream: _Stream, event: Stored, new: set[tuple[str, int, int]]) -> str:
+    def _repeats_hit(self, stream: _Stream, event: Stored, new: _New) -> str:
         """Does this event announce a usable prefix again, `surely` or `perhaps`? Empty: no, it is a second copy.
 
         `kv_cache_report_mode=full` looks like a store, from the first token, of blocks that are held already. An engine
-        that could have used a part of that prefix would not have computed this group's first block, unless both requests
-        ran in this very step (`new`). But no shorter hit may have been there for a prompt that ends with the prefix.
+        that could have used a part of that prefix would not have computed this group's first block; but no shorter hit
+        may have been there for a prompt that ends with the prefix.
         """
         length = len(event.token_ids)
         groups = stream.groups()
         unit = hybrid.alignment(groups).tokens
         if length % unit:
             return ""
+        states = {group.number for group in groups if group.kind is Kind.STATE}
         blocks = {size: self._blocks_of(event, size) for group in groups for size in group.sizes}
 
         def held(group: int, size: int, index: int) -> bool:
             block = blocks[size][index] if index < len(blocks[size]) else None
             return block is not None and any(
-                (HBM, group, key) in stream.resident and (HBM, group, key) not in new
+                (HBM, group, key) in stream.resident and not new.hides(group, key, group in states)
                 for domain, key in block.names
                 if domain is stream.domain
             )
@@ -466,7 +490,9 @@ class ReferenceIndex:
             if root_size == size and (lora, salt) != (keys.namespace.lora, keys.namespace.cache_salt):
                 other = chain_keys(keys.tokens[: (index + 1) * size], size, Namespace(lora, salt, keys.namespace.mm))
                 if int(other[-1]) in self._forest.by_key:
-                    found.append(", ".join(f"{k}={v}" for k, v in (("lora", lora), ("cache_salt", salt)) if v) or "none")
+                    found.append(
+                        ", ".join(f"{k}={v}" for k, v in (("lora", lora), ("cache_salt", salt)) if v) or "none"
+                    )
         return tuple(sorted(found))
 
     def groups(self, number: int) -> list[dict[str, Any]]:
