@@ -15,6 +15,7 @@ GroupKind = Literal["full", "mla", "window", "mamba", "chunked"]
 STATE_UNIT = "a state can be held at hit lengths that no block and no announced boundary names"
 SPARSE_WINDOWS = "only window groups at retention 0: nothing dense to align the sparse hashes with"
 CHUNK_SIZE = "the chunk size of chunked-local attention is not announced"
+MEDIA_END = "where a medium ends inside a larger block is not announced: finer chains past it are not known"
 REPORT_FULL = "cached blocks are announced again with every hit: a second copy cannot be told from a report"
 
 
@@ -121,7 +122,14 @@ _NAMESPACES = (
     Layout("full-16-media", (_full(16),), media=True),
     Layout("full-16-lora-salt-media", (_full(16),), lora=True, salt=True, media=True),
     Layout("full-16-window-64-lora-salt", (_full(16), _window(16, 64)), lora=True, salt=True),
-    Layout("full-64-window-128-by-16-media", (_full(64), _window(16, 128)), salt=True, media=True),
+    Layout(
+        "full-64-window-128-by-16-media",
+        (_full(64), _window(16, 128)),
+        salt=True,
+        media=True,
+        bound="at_most",
+        why=MEDIA_END,
+    ),
     Layout("full-16-mamba-64-lora-salt-media", (_full(16), _mamba(64)), lora=True, salt=True, media=True),
 )
 
