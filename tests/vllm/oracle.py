@@ -16,12 +16,14 @@ The same seed gives the same bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -132,12 +134,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--requests", type=int, default=300, help="arrivals per layout")
     parser.add_argument("--layouts", default="all", help="comma-separated names, or all")
-    parser.add_argument("-o", "--output", help="file; standard output by default")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("-o", "--output", type=Path, help="file; standard output by default")
+    where.add_argument("--folder", type=Path, help="a file per layout, named after it")
     options = parser.parse_args()
-    out: BinaryIO = open(options.output, "wb") if options.output else sys.stdout.buffer  # noqa: SIM115
     encoder = msgspec.msgpack.Encoder()
-    with out:
+    with contextlib.ExitStack() as files:
+        out = files.enter_context(options.output.open("wb")) if options.output else sys.stdout.buffer
         for layout in chosen(options.layouts):
+            if options.folder:
+                out = files.enter_context((options.folder / layout.name).open("wb"))
             for record in Run(layout, options.seed, options.requests).stream():
                 out.write(encoder.encode(record))
 
