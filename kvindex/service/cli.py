@@ -25,7 +25,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("kvindex.service.demo", "engines, daemon and router in one go: see requests follow their prefix"),
+    "demo": Command("kvindex.demo.cli", "engines, daemon and router in one go: see requests follow their prefix"),
     "daemon": Command("kvindex.service.daemon", "take engines' KV events in, answer where a prefix is"),
     "router": Command("kvindex.router.cli", "reverse proxy for the OpenAI paths that routes by prefix and load"),
     "sim": Command("kvindex.simulator.cli", "an engine without a GPU that speaks vLLM's HTTP and KV events"),
