@@ -24,10 +24,10 @@ test: install        ## the tests that need no root and no download
 
 test-vllm: install   ## the same truth against a real vLLM on CPU (builds its own environment once, 2.5 GB)
 	@$(BIN)/python scripts/vllm_env.py
-	@$(BIN)/python -m pytest -q -m vllm
+	@KVINDEX_REQUIRE=1 $(BIN)/python -m pytest -q -m vllm
 
 test-all:            ## everything CI runs: tests, lint, types, real vLLM; a skip of what can run here is a failure
-	@$(MAKE) test
+	@KVINDEX_REQUIRE=1 $(MAKE) test
 	@$(MAKE) check
 	@$(MAKE) test-vllm
 
