@@ -26,7 +26,14 @@ def extensions() -> list[Extension]:
             language="c++",
             depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("cython_ext/*.hpp")],
             include_dirs=["cython_ext"],
-            extra_compile_args=["-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function", *flags],
+            extra_compile_args=[
+                "-std=c++17",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Wno-unused-function",
+                *flags,
+            ],
         )
         for source in sorted(ROOT.glob("cython_ext/*.pyx"))
     ]
@@ -36,7 +43,7 @@ class Protobuf(Command):
     """Generate ``kvindex/service/pb`` from ``proto/``: one self-contained module a file, stubs beside it."""
 
     description = "generate protobuf modules"
-    user_options: list = []
+    user_options = ()  # type: ignore[assignment]
 
     def initialize_options(self) -> None:
         pass
@@ -55,7 +62,14 @@ class Protobuf(Command):
             proto, module = path.relative_to(ROOT / "proto").as_posix(), f"{path.stem}_pb2"
             with tempfile.TemporaryDirectory() as out:
                 code = protoc.main(
-                    ["protoc", f"-I{ROOT / 'proto'}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", proto]
+                    [
+                        "protoc",
+                        f"-I{ROOT / 'proto'}",
+                        f"-I{well_known}",
+                        f"--python_out={out}",
+                        f"--pyi_out={out}",
+                        proto,
+                    ]
                 )
                 if code:
                     sys.exit(f"protoc failed on proto/{proto} (exit {code})")
@@ -66,7 +80,7 @@ class Protobuf(Command):
 
 
 class Build(build):
-    sub_commands = [("protobuf", None), *build.sub_commands]
+    sub_commands = (("protobuf", None), *build.sub_commands)
 
 
 class BuildExt(build_ext):
@@ -85,7 +99,12 @@ def cythonized() -> list[Extension]:
         language_level=3,
         annotate=DEBUG,
         build_dir="build/cython",
-        compiler_directives={"linetrace": DEBUG, "boundscheck": DEBUG, "wraparound": DEBUG, "freethreading_compatible": False},
+        compiler_directives={
+            "linetrace": DEBUG,
+            "boundscheck": DEBUG,
+            "wraparound": DEBUG,
+            "freethreading_compatible": False,
+        },
     )
 
 

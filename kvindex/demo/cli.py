@@ -73,9 +73,7 @@ def run(args: argparse.Namespace) -> int:
             report.table(summaries, console)
             console.print("\nThree picks, explained:")
             _explain(scoring, runs["by score"], console)
-        console.print(
-            f"\npicture: {args.out / 'demo.svg'}" if drawn else "\nno picture: pip install 'kvindex\\[plot]'"
-        )
+        console.print(f"\npicture: {args.out / 'demo.svg'}" if drawn else "\nno picture: pip install 'kvindex\\[plot]'")
         console.print("scoring beat round-robin" if won else "[bold red]scoring did not beat round-robin[/bold red]")
         if args.keep:
             _keep(console, scoring, http, grpc, engines, folder, stop)
@@ -115,11 +113,14 @@ def _explain(url: str, measured: list[Measured], console: Console) -> None:
 def _keep(
     console: Console, url: str, http: str, grpc: str, engines: list[Engine], folder: str, stop: threading.Event
 ) -> None:
-    console.print(f"""
+    console.print(
+        f"""
 still running (Ctrl-C ends it), configs and logs in {folder}
   router    {url}     curl {url}/v1/completions -d '{{"model":"sim","prompt":"hello","max_tokens":8}}' -i
   daemon    {http}/metrics     kvindex score --address {grpc} --model sim --prompt hello
-  engines   {" ".join(engine.url for engine in engines)}""", highlight=False)
+  engines   {" ".join(engine.url for engine in engines)}""",
+        highlight=False,
+    )
     try:
         stop.wait()
     except KeyboardInterrupt:

@@ -85,7 +85,7 @@ class Fleet:
     def daemon(self, engines: list[Engine], model: pathlib.Path) -> tuple[str, str]:
         """Start a daemon that indexes `engines`; returns its gRPC address and its HTTP URL."""
         grpc, http = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-        config = {
+        config: dict[str, Any] = {
             "engines": [{"url": engine.url} for engine in engines],
             "listen": {"grpc": grpc, "http": http},
             "tokenizers": {"sim": str(model)},
@@ -97,7 +97,7 @@ class Fleet:
     def router(self, name: str, engines: list[Engine], model: pathlib.Path, index: object, policy: str) -> str:
         """Start a router over `engines`; returns its URL."""
         listen = f"127.0.0.1:{free_port()}"
-        config = {
+        config: dict[str, Any] = {
             "listen": listen,
             "endpoints": [{"name": engine.name, "url": engine.url} for engine in engines],
             "index": index,

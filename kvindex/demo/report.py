@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ def table(summaries: Sequence[Summary], console: Console) -> None:
     console.print(shown)
 
 
-def picture(runs: dict[str, Sequence[Measured]], summaries: Sequence[Summary], path: pathlib.Path) -> bool:
+def picture(runs: Mapping[str, Sequence[Measured]], summaries: Sequence[Summary], path: pathlib.Path) -> bool:
     """Hit rate and distribution of the time to first token. False when matplotlib is not installed."""
     try:
         import matplotlib

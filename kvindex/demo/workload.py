@@ -1,5 +1,5 @@
-"""Chats with shared system prompts, several turns each: what prefix caching is made for. Seeded, so that both runs see the
-same texts in the same order, and a run's own marker keeps one run from finding what the other left behind."""
+"""Chats with shared system prompts, several turns each: what prefix caching is made for. Seeded, so that both runs see
+the same texts in the same order, and a run's own marker keeps one run from finding what the other left behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-_WORDS = (
-    "cache block prefix token engine router index event memory window layer state store load disk bucket request turn "
-    "answer question table figure value number order system user agent plan tool search result note page line record"
-).split()
+_WORDS = ["cache", "block", "prefix", "token", "engine", "router", "index", "event", "memory", "window", "layer", "state", "store", "load", "disk", "bucket", "request", "turn", "answer", "question", "table", "figure", "value", "number", "order", "system", "user", "agent", "plan", "tool", "search", "result", "note", "page", "line", "record"]
 
 
 class Shape(NamedTuple):
@@ -56,7 +53,8 @@ def chats(shape: Shape, marker: str, seed: int) -> list[list[str]]:
 
 
 async def run(url: str, shape: Shape, marker: str, seed: int, done: Callable[[], None]) -> list[Measured]:
-    """Play all chats, `concurrency` at a time; a chat's turns follow each other. `done` is called after each request."""
+    """Play all chats, `concurrency` at a time; a chat's turns follow each other. `done` is called after each
+    request."""
     measured: list[Measured] = []
     slots = asyncio.Semaphore(shape.concurrency)
     timeout = aiohttp.ClientTimeout(total=30)
@@ -78,7 +76,7 @@ async def run(url: str, shape: Shape, marker: str, seed: int, done: Callable[[],
     return measured
 
 
-class _no_limit:  # noqa: N801  Python 3.10 has no asyncio.timeout; every request has its own deadline anyway
+class _no_limit:  # Python 3.10 has no asyncio.timeout; every request has its own deadline anyway
     async def __aenter__(self) -> None:
         return None
 

@@ -1,8 +1,8 @@
 """The one event model. Every wire format decodes into it; the indexes consume nothing else.
 
-Plain values that import nothing of ours. Engine keys are unsigned 64-bit integers: integers on the wire are taken modulo
-2**64 (SGLang's are signed), digests sent as bytes by their last eight bytes, big-endian, which is what vLLM itself sends
-when it sends integers.
+Plain values that import nothing of ours. Engine keys are unsigned 64-bit integers: integers on the wire are taken
+modulo 2**64 (SGLang's are signed), digests sent as bytes by their last eight bytes, big-endian, which is what vLLM
+itself sends when it sends integers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Kind(enum.Enum):
 
 
 class MultiModal(NamedTuple):
-    """A piece of an image (or other media) inside a block; `offset` is its start relative to the block's start, negative
-    when it began in an earlier block, None when the engine does not say."""
+    """A piece of an image (or other media) inside a block; `offset` is its start relative to the block's start,
+    negative when it began in an earlier block, None when the engine does not say."""
 
     hash: str
     offset: int | None

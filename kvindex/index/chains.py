@@ -1,9 +1,9 @@
 """Blocks and the chains they form, for the reference index: plain dictionaries, obviously right.
 
-A *chain* belongs to one block size and one namespace. Its blocks hang in a tree under a root. A block whose parent is not
-known hangs under a *stub*, which stands for "whatever block the engine calls this", and the whole subtree is grafted into
-place when that block becomes known. A *name* is an engine key: in its key domain it denotes one prefix, so at most one
-block in each chain size.
+A *chain* belongs to one block size and one namespace. Its blocks hang in a tree under a root. A block whose parent is
+not known hangs under a *stub*, which stands for "whatever block the engine calls this", and the whole subtree is
+grafted into place when that block becomes known. A *name* is an engine key: in its key domain it denotes one prefix,
+so at most one block in each chain size.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from kvindex.index.keys import chain
 class Block:
     """One block of one chain, or the top of a chain (a root or a stub), which has no `parent`.
 
-    `key` is None below a stub. `end` counts tokens from the top. `names` are (domain, engine key) pairs; `covered_by` the
-    names of offloaded chunks that contain this block. `history` is what each (publisher, group) last said: (status,
+    `key` is None below a stub. `end` counts tokens from the top. `names` are (domain, engine key) pairs; `covered_by`
+    the names of offloaded chunks that contain this block. `history` is what each (publisher, group) last said: (status,
     sequence, generation).
     """
 

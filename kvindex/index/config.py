@@ -10,7 +10,8 @@ from kvindex.index.protocol import DEFAULT_WEIGHTS
 
 
 class TierCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What loading from a tier costs: a fixed latency, then a rate. Defaults are assumptions, measured ones replace them."""
+    """What loading from a tier costs: a fixed latency, then a rate. Defaults are assumptions, measured ones replace
+    them."""
 
     latency_seconds: float = 0.0
     tokens_per_second: float = 1_000_000.0

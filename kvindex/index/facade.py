@@ -23,9 +23,9 @@ from kvindex.scoring.result import Scores, seconds_saved
 
 
 class Ingested(NamedTuple):
-    """What one message did. `status`: `applied`, `filled` (a replayed one that was missing), `duplicate`, `gap` (applied,
-    or held back, but messages before it are missing), `restart` (applied, and the publisher's earlier word forgotten),
-    `replay_end`, `skipped` (nothing of it could be used)."""
+    """What one message did. `status`: `applied`, `filled` (a replayed one that was missing), `duplicate`, `gap`
+    (applied, or held back, but messages before it are missing), `restart` (applied, and the publisher's earlier word
+    forgotten), `replay_end`, `skipped` (nothing of it could be used)."""
 
     status: str
     publisher: str | None = None
@@ -47,8 +47,8 @@ def make_block_index(config: IndexConfig, reference: bool) -> BlockIndex:
 
 
 class Index:
-    """Embedded index. Every call is synchronous and thread-safe (one lock); `ingest` never raises for what came over the
-    wire, only for a wrong call (UsageError)."""
+    """Embedded index. Every call is synchronous and thread-safe (one lock); `ingest` never raises for what came over
+    the wire, only for a wrong call (UsageError)."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class Index:
     ) -> Ingested:
         """Take one message, verbatim. The next `score` sees it.
 
-        With `hold_gaps`, a live message after lost ones is not applied but reported (`gap`), so that the caller may have
-        the lost ones replayed first and then offer it again.
+        With `hold_gaps`, a live message after lost ones is not applied but reported (`gap`), so that the caller may
+        have the lost ones replayed first and then offer it again.
         """
         message = split(frames, replay=replay)
         if isinstance(message, Skip):
@@ -128,8 +128,8 @@ class Index:
         return Ingested(status[decision.verdict], endpoint, sequence, applied, applied.skipped, decision.missing)
 
     def _stream_for(self, source: str, topic: str, batch: EventBatch) -> Stream | None:
-        """The stream a message belongs to. A payload that cannot be read names no rank: it counts for the only stream of
-        its socket and topic, when there is one."""
+        """The stream a message belongs to. A payload that cannot be read names no rank: it counts for the only stream
+        of its socket and topic, when there is one."""
         rank = batch.rank
         if not batch.events and batch.skipped:
             known = [key for key in self._streams if key[:2] == (source, topic)]
@@ -161,7 +161,8 @@ class Index:
                     self._settle(stream, "replaying")
 
     def replay_ended(self, source: str, complete: bool) -> None:
-        """The answer ended, or did not come. What is still missing then is lost for good: `on_lost_messages` decides."""
+        """The answer ended, or did not come. What is still missing then is lost for good: `on_lost_messages`
+        decides."""
         with self._lock:
             for stream in self._of(source):
                 if stream.tracker.holes and self.config.on_lost_messages == "fence":

@@ -1,8 +1,8 @@
 """A replayed message is applied after later ones were. This puts the effect right.
 
 While messages are missing, what the later ones removed is remembered. A late store of something that a later message
-removed must not bring it back: it still tells which block a key means, so it is applied and then withdrawn. Where the order
-cannot be told exactly the answer is too low, never too high.
+removed must not bring it back: it still tells which block a key means, so it is applied and then withdrawn. Where the
+order cannot be told exactly the answer is too low, never too high.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Which blocks do a batch's engine keys mean? Names blocks; knows nothing of who holds what.
 
-Dense stores say it themselves: tokens, in order, after a known parent. Sparse stores (sliding windows, states) list fewer
-keys than their tokens would fill, so they are placed after all dense ones of the batch: by key, because the same engine key
-is the same prefix in every group, and those left over run backwards from the next one placed. What no anchor places stays
-without a name and is credited to nothing. An engine key that is known already wins over the tokens beside it: offload
-events carry no salt and no media, so their tokens alone would name the plain prompt's block.
+Dense stores say it themselves: tokens, in order, after a known parent. Sparse stores (sliding windows, states) list
+fewer keys than their tokens would fill, so they are placed after all dense ones of the batch: by key, because the same
+engine key is the same prefix in every group, and those left over run backwards from the next one placed. What no
+anchor places stays without a name and is credited to nothing. An engine key that is known already wins over the tokens
+beside it: offload events carry no salt and no media, so their tokens alone would name the plain prompt's block.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ class Placing:
         per_key = event.block_size // size  # more than one only for offloaded chunks
         provisional = event.tier != "hbm"
         block = self._base(event, size)
-        if block.key is None and (known := self._known(event.engine_keys[0], size)) is not None and per_key == 1:
-            if known.parent is not None and known.parent is not block and known.parent.key is not None:
-                self._forest.name(self._domain, event.parent or 0, known.parent, provisional)
-                block = self._base(event, size)
+        known = self._known(event.engine_keys[0], size) if block.key is None and per_key == 1 else None
+        if known is not None and known.parent is not None and known.parent.key is not None:
+            # the parent was unknown, but its child is known in its place: so is the parent
+            self._forest.name(self._domain, event.parent or 0, known.parent, provisional)
+            block = self._base(event, size)
         for i, engine_key in enumerate(event.engine_keys):
             known = self._known(engine_key, size)
             if known is not None and (provisional or (engine_key, size) not in self._domain.provisional):
@@ -101,9 +102,9 @@ class Placing:
     # ------------------------------------------------------------------ several block sizes
 
     def _twins(self, event: Stored, dense: Sequence[Stored]) -> None:
-        """Groups of different block sizes share engine keys where their blocks end together. Follow the event's tokens in
-        the chain of every size whose start is known; what is named in one chain is so in the others too. Without this, a
-        child whose parent was announced under another block size would have no place."""
+        """Groups of different block sizes share engine keys where their blocks end together. Follow the event's tokens
+        in the chain of every size whose start is known; what is named in one chain is so in the others too. Without
+        this, a child whose parent was announced under another block size would have no place."""
         if any(extra.mm or extra.embeds is not None for extra in event.extras):
             return  # a medium's end inside a larger block is not announced: finer chains are uncertain
         salt = self._salt_of(event, dense)
@@ -126,17 +127,18 @@ class Placing:
                             self._name(key, block, provisional=False)
 
     def _salt_of(self, event: Stored, dense: Sequence[Stored]) -> Any:
-        """The salt of an event from the first token: its own block 0 says it, else a dense sibling of the same tokens."""
+        """The salt of an event from the first token: its own block 0 says it, else a dense sibling of the same
+        tokens."""
         if event.parent is not None or event.is_dense:
             return event.extras[0].cache_salt if event.extras else None
         salts = set()
         for other in dense:
             common = min(len(other.token_ids), len(event.token_ids))
-            if other.parent is None and other.lora == event.lora and other.tier == event.tier:
-                if np.array_equal(other.token_ids[:common], event.token_ids[:common]):
-                    if any(extra.mm or extra.embeds is not None for extra in other.extras):
-                        return _UNKNOWN
-                    salts.add(other.extras[0].cache_salt if other.extras else None)
+            alike = other.parent is None and other.lora == event.lora and other.tier == event.tier
+            if alike and np.array_equal(other.token_ids[:common], event.token_ids[:common]):
+                if any(extra.mm or extra.embeds is not None for extra in other.extras):
+                    return _UNKNOWN
+                salts.add(other.extras[0].cache_salt if other.extras else None)
         return salts.pop() if len(salts) == 1 else _UNKNOWN
 
     # ------------------------------------------------------------------ chunks and placeholders
@@ -222,8 +224,8 @@ class Placing:
         return (("root", None) if stub is None else ("stub", stub[1])), block.end
 
     def _own_chain(self, event: Stored) -> list[Block]:
-        """All blocks the event's tokens make at its block size. Empty when their identity is not certain: media may lie in
-        blocks that the event does not list."""
+        """All blocks the event's tokens make at its block size. Empty when their identity is not certain: media may
+        lie in blocks that the event does not list."""
         siblings = [b for key in event.engine_keys for b in self._domain.names.get(key, {}).values()]
         if any(extra.mm or extra.embeds is not None for extra in event.extras) or any(map(_has_media, siblings)):
             return []
@@ -251,7 +253,8 @@ def _has_media(block: Block) -> bool:
 
 
 def plain_chain(event: Stored, size: int) -> list[tuple[int, Extra]] | None:
-    """(local hash, extra) of each block of `size` that a dense event's tokens fill, None where media make it uncertain."""
+    """(local hash, extra) of each block of `size` that a dense event's tokens fill, None where media make it
+    uncertain."""
     if size != event.block_size and any(extra.mm or extra.embeds is not None for extra in event.extras):
         return None
     extras = event.extras if size == event.block_size and event.extras else ()

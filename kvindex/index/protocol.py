@@ -82,9 +82,9 @@ class Keys(NamedTuple):
 class Columns(NamedTuple):
     """Scores of the endpoints that hold something, as aligned columns.
 
-    `blocks`: leading blocks of the full-attention group held in any tier the endpoint reaches. `tokens`: what the engine
-    would find cached (facts: hybrid groups, alignment, never the whole prompt). `hbm_tokens`: the part of it in HBM.
-    `score`: sum over `blocks` of the best tier's weight. `tiers`: each of `blocks` counted once, in its best tier.
+    `blocks`: leading blocks of the full-attention group held in any tier the endpoint reaches. `tokens`: what the
+    engine would find cached (facts: hybrid groups, alignment, never the whole prompt). `hbm_tokens`: the part of it in
+    HBM. `score`: sum over `blocks` of the best tier's weight. `tiers`: each of `blocks` counted once, in its best tier.
     `load_tokens`: per lower tier, the tokens of `tokens` that would be loaded from it.
     """
 
@@ -99,8 +99,8 @@ class Columns(NamedTuple):
 
 class HolderView(NamedTuple):
     """For `explain`: one endpoint's word on one block. `status` is `held`, `removed`, `cleared`, `fenced` or
-    `never_stored`; `tier` only when held; `sequence` is when it was last stored or removed (the `at` passed to `apply`),
-    None when never."""
+    `never_stored`; `tier` only when held; `sequence` is when it was last stored or removed (the `at` passed to
+    `apply`), None when never."""
 
     endpoint: str
     group: int
@@ -113,7 +113,7 @@ class BlockView(NamedTuple):
     """For `explain`: one block of the prompt at one block size. `known_in` names other namespaces (lora, cache_salt) in
     which the same tokens at this position are known, which tells "other namespace" from "never stored"."""
 
-    index: int
+    position: int
     first_token: int
     block_size: int
     key: int
@@ -135,9 +135,9 @@ class BlockIndex(Protocol):
         for `explain`. Never raises for content."""
 
     def drop(self, number: int, *, restart: bool) -> None:
-        """Forget a publisher's residencies at once, visible to the next score. A fence (`restart=False`) drops all tiers
-        but remembers what engine keys mean, so that later children attach; a restart forgets that, orphans and groups
-        too, and keeps the claims on the publisher's persistent tiers."""
+        """Forget a publisher's residencies at once, visible to the next score. A fence (`restart=False`) drops all
+        tiers but remembers what engine keys mean, so that later children attach; a restart forgets that, orphans and
+        groups too, and keeps the claims on the publisher's persistent tiers."""
 
     def hide(self, number: int, hidden: bool) -> None:
         """A hidden publisher's endpoint is absent from scores; nothing is forgotten."""

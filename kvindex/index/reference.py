@@ -1,9 +1,9 @@
 """The reference index: plain Python dictionaries, obviously right, the oracle for the native one.
 
-What is resident is kept per publisher as the engine says it: (tier, group, engine key). What an engine key means is kept
-apart, in `chains`: in its key domain it names one prefix. An endpoint holds a block when one of the block's names is
-resident at one of the endpoint's publishers. So re-ordered, repeated and late announcements need no repair: naming a block
-credits whatever was resident under that name all along.
+What is resident is kept per publisher as the engine says it: (tier, group, engine key). What an engine key means is
+kept apart, in `chains`: in its key domain it names one prefix. An endpoint holds a block when one of the block's names
+is resident at one of the endpoint's publishers. So re-ordered, repeated and late announcements need no repair: naming
+a block credits whatever was resident under that name all along.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Stream:
 
     def tiers_of(self, group: int, block: Block) -> set[str]:
         """The tiers in which this publisher's endpoint holds `block` for `group`."""
-        named = {t for t in self.tiers_of_names(group, block.names)}
+        named = set(self.tiers_of_names(group, block.names))
         return named | {t for t in self.tiers_of_names(group, block.covered_by) if t != HBM}
 
     def tiers_of_names(self, group: int, names: set[tuple[Domain, int]]) -> Iterator[str]:
@@ -80,7 +80,8 @@ class _Stream:
 
 class _New:
     """What one batch stored that a request in the same step could not have hit: what its own earlier groups stored just
-    now (a request's stores come in one run of rising group numbers), and states, which are ready after the step only."""
+    now (a request's stores come in one run of rising group numbers), and states, which are ready after the step
+    only."""
 
     def __init__(self) -> None:
         self._run: set[tuple[str, int, int]] = set()

@@ -1,8 +1,8 @@
 """How many tokens would the engine itself find cached? The rules that reproduce vLLM's answer, stated plainly.
 
 Everything here is a pure function over "does this endpoint hold block i of group g", so that the rules can be read
-beside vLLM's `find_longest_cache_hit` (v1/core/kv_cache_coordinator.py) and are shared by nothing that could hide a bug:
-the native index has its own copy, held equal by tests.
+beside vLLM's `find_longest_cache_hit` (v1/core/kv_cache_coordinator.py) and are shared by nothing that could hide a
+bug: the native index has its own copy, held equal by tests.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Held = Callable[[int, int, int], bool]
 
 
 class Alignment(NamedTuple):
-    """Hits are multiples of `tokens`. `fine`: a state group's blocks are larger than the hash unit, so that hits may end
-    inside a block (vLLM's partial hash hits)."""
+    """Hits are multiples of `tokens`. `fine`: a state group's blocks are larger than the hash unit, so that hits may
+    end inside a block (vLLM's partial hash hits)."""
 
     tokens: int
     unit: int
@@ -55,8 +55,8 @@ def leading_blocks(group: Group, limit_tokens: int, held: Held) -> int:
 
 
 def full_reach(group: Group, limit_tokens: int, align: Alignment, held: Held) -> int:
-    """Tokens that a full-attention group covers: whole blocks, and with fine alignment the largest interior boundary held
-    in the first missing block."""
+    """Tokens that a full-attention group covers: whole blocks, and with fine alignment the largest interior boundary
+    held in the first missing block."""
     blocks = leading_blocks(group, limit_tokens, held)
     reach = blocks * group.block_size
     if align.fine and group.block_size > align.unit:
@@ -117,8 +117,8 @@ def extend_from_lower_tiers(
     groups: Sequence[Group], prompt_tokens: int, start: int, held: Held, chunk_tokens: int | None
 ) -> int:
     """How far the engine's own lower tiers carry on from `start` tokens found in HBM: for full attention every block of
-    [start, L), for a window the chunks that cover it, for a state group the state at L. `held` asks the lower tiers only.
-    `chunk_tokens` None: a chunk is a block.
+    [start, L), for a window the chunks that cover it, for a state group the state at L. `held` asks the lower tiers
+    only. `chunk_tokens` None: a chunk is a block.
     """
     groups = [g for g in groups if g.kind is not Kind.IGNORED]
     if not groups:

@@ -135,7 +135,7 @@ def explain_response(views: Iterable[BlockView], prompt_tokens: int) -> pb.Expla
     response = pb.ExplainResponse(protocol=PROTOCOL, prompt_tokens=prompt_tokens)
     for view in views:
         block = response.blocks.add(
-            index=view.index,
+            index=view.position,
             first_token=view.first_token,
             block_size=view.block_size,
             key=view.key,
