@@ -13,7 +13,8 @@ install: $(STAMP)    ## create .venv, install and compile (also done by every ot
 $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== installing into $(VENV) (first time: about a minute)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools Cython numpy grpcio-tools
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,plot]'
 	@touch $@
 
 demo: install        ## three simulated engines, a daemon and a router: see requests routed to their prefix

@@ -56,7 +56,7 @@ class Fleet:
     def __enter__(self) -> Fleet:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for _, process in reversed(self._processes):
             process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-_WORDS = ["cache", "block", "prefix", "token", "engine", "router", "index", "event", "memory", "window", "layer", "state", "store", "load", "disk", "bucket", "request", "turn", "answer", "question", "table", "figure", "value", "number", "order", "system", "user", "agent", "plan", "tool", "search", "result", "note", "page", "line", "record"]
+_WORDS = """
+cache block prefix token engine router index event memory window layer state store load disk bucket request turn answer
+question table figure value number order system user agent plan tool search result note page line record
+""".split()  # noqa: SIM905
 
 
 class Shape(NamedTuple):

@@ -4,7 +4,8 @@ The engine (`engine.Engine`) is a pure step function. `kvindex sim` drives it in
 """
 
 from kvindex.simulator.config import EngineConfig, LatencyModel
-from kvindex.simulator.engine import Engine, Output, StepResult
+from kvindex.simulator.engine import Engine
 from kvindex.simulator.request import Request
+from kvindex.simulator.results import Output, StepResult
 
 __all__ = ["Engine", "EngineConfig", "LatencyModel", "Output", "Request", "StepResult"]

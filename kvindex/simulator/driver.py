@@ -7,10 +7,11 @@ import time
 from collections.abc import AsyncGenerator
 
 from kvindex.errors import ConfigError
-from kvindex.simulator.engine import Engine, Output
+from kvindex.simulator.engine import Engine
 from kvindex.simulator.metrics import RankMetrics
 from kvindex.simulator.publisher import Publisher
 from kvindex.simulator.request import Request
+from kvindex.simulator.results import Output
 
 # Behind by more than this (a busy machine), the engine's time jumps instead of catching up.
 _MAX_LAG_SECONDS = 0.5

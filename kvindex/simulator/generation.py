@@ -11,10 +11,10 @@ from typing import NamedTuple
 from aiohttp import web
 from tokenizers.decoders import DecodeStream
 
-from kvindex.simulator.engine import Output
 from kvindex.simulator.fleet import Fleet
 from kvindex.simulator.openai import STREAM_END, ApiError, ChatBody, Form, GenerationBody, usage
 from kvindex.simulator.request import Request, mix
+from kvindex.simulator.results import Output
 from kvindex.simulator.tokenizer import ChatModel
 
 # OpenAI's default for /v1/completions.

@@ -11,8 +11,9 @@ import msgspec
 import numpy as np
 
 from kvindex.errors import UsageError
-from kvindex.simulator.engine import Engine, StepResult
+from kvindex.simulator.engine import Engine
 from kvindex.simulator.request import Request
+from kvindex.simulator.results import StepResult
 from kvindex.simulator.wire import frames
 
 

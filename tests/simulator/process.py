@@ -74,8 +74,11 @@ class Sim:
             self.process.kill()
         else:
             self.process.terminate()
+        return self.wait()
+
+    def wait(self) -> int:
         _, errors = self.process.communicate(timeout=DEADLINE_SECONDS)
-        assert errors == ""
+        assert not errors, errors
         return self.process.returncode
 
 

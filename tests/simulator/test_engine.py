@@ -9,7 +9,7 @@ import pytest
 
 from kvindex.errors import ConfigError, UsageError
 from kvindex.simulator import Engine, LatencyModel
-from kvindex.simulator.engine import Finish
+from kvindex.simulator.results import Finish
 from kvindex.simulator.wire import AllBlocksCleared, BlockRemoved, BlockStored
 from tests.simulator.engines import Run, config, request, serve
 
