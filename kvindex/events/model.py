@@ -51,7 +51,8 @@ class Stored(msgspec.Struct, frozen=True, tag=True):
     """Blocks became available. Dense when `len(token_ids) == block_size * len(engine_keys)`, else sparse: which blocks
     the keys name is found by alignment. A placeholder has no tokens and block_size 0.
 
-    `extras` has one entry per engine key (or is empty: none has any).
+    `extras` has one entry per engine key (or is empty: none has any). `gone` is never on the wire: keys that a later
+    message, applied already, removed; they still tell which block they mean, but are not credited.
     """
 
     engine_keys: tuple[int, ...]
@@ -67,6 +68,7 @@ class Stored(msgspec.Struct, frozen=True, tag=True):
     locality: str | None = None
     ownership: str | None = None
     session_id: str | None = None
+    gone: frozenset[int] = frozenset()
 
     @property
     def is_placeholder(self) -> bool:

@@ -69,14 +69,8 @@ class Index:
 
     # ------------------------------------------------------------------ events in
 
-    def ingest(
-        self, source: str, frames: Sequence[bytes], replay: bool = False, *, hold_gaps: bool = False
-    ) -> Ingested:
-        """Take one message, verbatim. The next `score` sees it.
-
-        With `hold_gaps`, a live message after lost ones is not applied but reported (`gap`), so that the caller may
-        have the lost ones replayed first and then offer it again.
-        """
+    def ingest(self, source: str, frames: Sequence[bytes], replay: bool = False) -> Ingested:
+        """Take one message, verbatim; `replay`: it is an answer of the replay socket. The next `score` sees it."""
         message = split(frames, replay=replay)
         if isinstance(message, Skip):
             return Ingested("skipped", skipped=(message,))
@@ -90,8 +84,6 @@ class Index:
             if stream is None:
                 skip = Skip("too_many_publishers", f"{len(self._streams)} publishers are open")
                 return Ingested("skipped", sequence=message.sequence, skipped=(skip,))
-            if hold_gaps and not replay and (missing := stream.tracker.peek(message.sequence)) is not None:
-                return Ingested("gap", stream.publisher.endpoint, message.sequence, missing=missing)
             return self._take(stream, message.sequence, message.payload, batch, replay)
 
     def _take(self, stream: Stream, sequence: int, payload: bytes, batch: EventBatch, replay: bool) -> Ingested:
@@ -103,9 +95,7 @@ class Index:
             return Ingested("duplicate", endpoint, sequence)
         late = self._late.setdefault(stream.number, LateFill())
         if decision.verdict is Verdict.RESTART:
-            stream.restarts += 1
-            self._blocks.drop(stream.number, restart=True)
-            late.forget()
+            self._restart(stream)
         elif decision.verdict is Verdict.GAP and decision.missing:
             stream.gaps += 1
         if decision.verdict is Verdict.FILLED:
@@ -169,6 +159,18 @@ class Index:
                     self._fence(stream, f"{stream.tracker.missing} lost messages could not be replayed")
                 elif stream.state == "replaying":
                     self._settle(stream)
+
+    def restarted(self, source: str) -> None:
+        """The source's process is another one now, by other evidence than a message: what it said is void."""
+        with self._lock:
+            for stream in self._of(source):
+                stream.tracker.restarted()
+                self._restart(stream)
+
+    def _restart(self, stream: Stream) -> None:
+        stream.restarts += 1
+        self._blocks.drop(stream.number, restart=True)
+        self._late.setdefault(stream.number, LateFill()).forget()
 
     def fence(self, source: str, reason: str = "") -> int:
         """Forget what a source's publishers said; they are absent from scores until they speak again."""
@@ -296,11 +298,6 @@ class Index:
                 )
                 for name, streams in sorted(found.items())
             ]
-
-    def last_sequence(self, source: str) -> int | None:
-        """The highest sequence number taken from a source: where a replay has to start."""
-        with self._lock:
-            return max((s.tracker.last_sequence or 0 for s in self._of(source)), default=None)
 
     def stats(self) -> dict[str, int]:
         with self._lock:

@@ -1,11 +1,13 @@
 """A replayed message is applied after later ones were. This puts the effect right.
 
 While messages are missing, what the later ones removed is remembered. A late store of something that a later message
-removed must not bring it back: it still tells which block a key means, so it is applied and then withdrawn. Where the
-order cannot be told exactly the answer is too low, never too high.
+removed must not bring it back, though it still tells which block a key means. Where the order cannot be told exactly
+the answer is too low, never too high.
 """
 
 from __future__ import annotations
+
+import msgspec
 
 from kvindex.events.model import Cleared, Event, EventBatch, Removed, Stored
 
@@ -33,19 +35,23 @@ class LateFill:
             self.overflowed = True
 
     def reorder(self, batch: EventBatch, sequence: int) -> EventBatch:
-        """The late batch, followed by the removals that overtook it."""
-        events: list[Event] = list(batch.events)
+        """The late batch without what later messages undid: stores of it become names only, and what was evicted before
+        a later reset is gone with it (taken away once more, it would hit what was stored since)."""
+        cleared = self._cleared > sequence
+        events: list[Event] = []
         for event in batch.events:
             if isinstance(event, Stored):
-                cleared = event.tier == "hbm" and self._cleared > sequence
-                gone = tuple(
-                    key
-                    for key in event.engine_keys
-                    if cleared or self.overflowed or self._removed.get((event.tier, event.group, key), -1) > sequence
-                )
-                if gone:
-                    events.append(Removed(gone, event.tier, event.group))
-        return EventBatch(batch.timestamp, tuple(events), batch.rank, batch.skipped)
+                event = msgspec.structs.replace(event, gone=self._gone(event, sequence, cleared))
+            elif cleared and isinstance(event, Removed) and event.tier == "hbm":
+                continue
+            events.append(event)
+        return msgspec.structs.replace(batch, events=tuple(events))
+
+    def _gone(self, event: Stored, sequence: int, cleared: bool) -> frozenset[int]:
+        if self.overflowed or (cleared and event.tier == "hbm"):
+            return frozenset(event.engine_keys)
+        later = self._removed
+        return frozenset(k for k in event.engine_keys if later.get((event.tier, event.group, k), -1) > sequence)
 
     def forget(self) -> None:
         self._removed.clear()

@@ -255,13 +255,14 @@ class ReferenceIndex:
     def _store(self, stream: _Stream, event: Stored, at: int, new: _New) -> int:
         doubtful = False
         new.next_event(event)
-        if event.tier == HBM and event.parent is None and event.is_dense and len(event.token_ids):
+        if event.tier == HBM and event.parent is None and event.is_dense and len(event.token_ids) and not event.gone:
             repeats = self._repeats_hit(stream, event, new)
             if repeats == "surely" or (repeats == "perhaps" and stream.reports_hits):
                 self._forget_doubtful(stream)
                 return 0
             doubtful = repeats == "perhaps"
-        for engine_key in event.engine_keys:
+        credited = [key for key in event.engine_keys if key not in event.gone]
+        for engine_key in credited:
             key = (event.tier, event.group, engine_key)
             if doubtful:
                 stream.doubtful[key] += 1
@@ -275,7 +276,7 @@ class ReferenceIndex:
             else:
                 entry[0] = entry[0] + 1 if event.tier == HBM else 1
             self._note(stream, event.group, engine_key, "stored", at)
-        return len(event.engine_keys)
+        return len(credited)
 
     def _remove(self, stream: _Stream, event: Removed, at: int) -> int:
         count = 0
