@@ -4,10 +4,11 @@ boundaries, the same tokens under another adapter, salt or image. Pure Python, t
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 IMAGE_TOKEN = 7
-VOCABULARY = 30_000
+VOCABULARY = range(100, 30_000)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Traffic:
     salt: bool = False
     media: bool = False
     memory: int = 40
+    vocabulary: Sequence[int] = VOCABULARY
     _system: list[tuple[int, ...]] = field(default_factory=list)
     _seen: list[Prompt] = field(default_factory=list)
 
@@ -131,4 +133,4 @@ class Traffic:
         return length
 
     def _words(self, count: int) -> tuple[int, ...]:
-        return tuple(self.rng.randrange(100, VOCABULARY) for _ in range(count))
+        return tuple(self.rng.choice(self.vocabulary) for _ in range(count))
