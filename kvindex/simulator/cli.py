@@ -20,6 +20,7 @@ from kvindex.simulator.driver import Clock
 from kvindex.simulator.fleet import EventsConfig, Fleet
 from kvindex.simulator.server import Server
 
+_ACCEPT_SECONDS = 0.02
 _DESCRIPTION = """\
 An engine without a GPU that speaks vLLM's language: the OpenAI API with cached-token counts, vLLM's metrics, and real
 KV events over ZMQ with replay. Blocks are paged, cached and evicted in vLLM's order; only the numbers are made up.
@@ -168,6 +169,10 @@ async def _serve(args: argparse.Namespace) -> None:
         await web.SockSite(runner, listener).start()
         _announce(args, config, fleet, port)
         await stop.wait()
+        # asyncio leaks a connection that is accepted in the turn in which its server closes: stop accepting first, and
+        # let those that were accepted become known.
+        loop.remove_reader(listener.fileno())
+        await asyncio.sleep(_ACCEPT_SECONDS)
     finally:
         # Refuses new connections, lets running requests finish, then ends the engines under them.
         await runner.cleanup()

@@ -33,7 +33,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 def refuses(engine: Sim) -> bool:
     try:
         socket.create_connection((engine.ready["host"], engine.ready["port"]), timeout=DEADLINE_SECONDS).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return True
     return False
 
