@@ -71,7 +71,8 @@ class Domain:
     `references` counts residencies by engine key; a block without any is only remembered, not held.
     """
 
-    def __init__(self, label: str | None = None) -> None:
+    def __init__(self, serial: int, label: str | None = None) -> None:
+        self.serial = serial
         self.label = label
         self.settled = label is not None
         self.members = 0
@@ -121,7 +122,6 @@ class Forest:
             else:
                 self.by_key[key] = found
             self._forgotten[found] = None
-            self._trim()
         return found
 
     def name(self, domain: Domain, engine_key: int, block: Block, provisional: bool) -> None:
@@ -172,17 +172,16 @@ class Forest:
             for block in sizes.values():
                 block.names.discard((domain, engine_key))
                 self.release(block)
-        for stub in list(domain.stubs.values()):
-            self._prune(stub)
         for engine_key, blocks in domain.covers.items():
             for block in blocks:
                 block.covered_by.discard((domain, engine_key))
                 self.release(block)
+        for stub in list(domain.stubs.values()):
+            self._prune(stub)
         domain.names.clear()
         domain.covers.clear()
         domain.provisional.clear()
         domain.stubs.clear()
-        self._trim()
 
     def release(self, block: Block) -> None:
         """`block` may have lost its last holder: remember it, up to the bound."""
@@ -238,7 +237,8 @@ class Forest:
             if not block.children and not self.is_held(block):
                 self._remove(block)
 
-    def _trim(self) -> None:
+    def settle(self) -> None:
+        """After each batch: forget down to the bound."""
         tries = len(self._forgotten)
         while len(self._forgotten) > self._max_forgotten and tries > 0:
             tries -= 1

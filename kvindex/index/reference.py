@@ -109,6 +109,7 @@ class ReferenceIndex:
         self._forest = Forest(max_forgotten_blocks)
         self._streams: dict[int, _Stream] = {}
         self._stated: dict[str, Domain] = {}
+        self._domains = 0
         self._next = 0
         self._tiers = [HBM]
         self._sizes: set[int] = set()
@@ -148,7 +149,9 @@ class ReferenceIndex:
 
     def _domain(self, publisher: Publisher) -> Domain:
         label = publisher.key_domain
-        domain = Domain(label) if label is None else self._stated.setdefault(label, Domain(label))
+        self._domains += 1
+        made = Domain(self._domains, label)
+        domain = made if label is None else self._stated.setdefault(label, made)
         domain.members += 1
         return domain
 
@@ -190,6 +193,7 @@ class ReferenceIndex:
             elif isinstance(event, Cleared):
                 stream.cleared_at = at
                 cleared += self._withdraw(stream, lambda tier: tier == HBM)
+        self._forest.settle()
         orphans = max(0, self._forest.orphans - orphans_before)
         return Applied(stored, removed, orphans, unplaced, cleared, tuple(skipped))
 
@@ -237,7 +241,7 @@ class ReferenceIndex:
             others = [(other, key) for other, key in block.names if other is not domain]
             if not others:
                 continue
-            match = next((other for other, key in others if key == engine_key), None)
+            match = min((o for o, key in others if key == engine_key), key=lambda o: o.serial, default=None)
             domain.settled = True
             if match is not None and domain.members == 1:
                 match.settled = True
