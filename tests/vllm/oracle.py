@@ -9,7 +9,8 @@ Runs in vLLM's environment and imports nothing of kvindex. The stream is a seque
     ["ask", {...}, tokens]               the engine, asked at this point, would find so many of its tokens cached
 
 An ask is to be answered from the messages before it. `predictable` says whether the answer follows from them; if not,
-`why` says what was not announced, and `bound` is `at_most` where a prediction must still never be higher, else `none`.
+`why` says what was not announced, and `bound` is `at_most` where a prediction must still never be higher, `mostly`
+where it rarely is, else `none`.
 The same seed gives the same bytes.
 """
 
