@@ -14,7 +14,7 @@ from kvindex.events.decode import decode
 from kvindex.events.frames import digest, split
 from kvindex.events.model import EventBatch, Skip, Tokens
 from kvindex.events.sequence import Verdict
-from kvindex.index.config import IndexConfig
+from kvindex.index.config import IndexConfig, PublisherOverride
 from kvindex.index.keys import as_tokens
 from kvindex.index.late import LateFill
 from kvindex.index.protocol import Applied, BlockIndex, BlockView, Columns, Keys, MultiModalItem, Namespace
@@ -63,6 +63,7 @@ class Index:
         self._clock = clock
         self._wall_clock = wall_clock
         self._lock = threading.RLock()
+        self._overrides = {(o.source, o.topic): o for o in self.config.publishers}
         self._streams: dict[tuple[str, str, int], Stream] = {}
         self._late: dict[int, LateFill] = {}
         self._topics: dict[str, str] = {}  # source -> the last topic seen, for replay answers that carry none
@@ -127,7 +128,7 @@ class Index:
                 return self._streams[known[0]]
         found = self._streams.get((source, topic, rank))
         if found is None and len(self._streams) < self.config.max_publishers:
-            publisher = describe(source, topic, rank, self.config.publishers)
+            publisher = describe(source, topic, rank, tuple(self._overrides.values()))
             number = self._blocks.open(publisher)
             found = Stream(source, topic, rank, publisher, number, self._clock())
             self._streams[source, topic, rank] = found
@@ -136,6 +137,12 @@ class Index:
     def _settle(self, stream: Stream, state: str | None = None) -> None:
         stream.state = state or ("gap" if stream.tracker.holes else "live")
         self._blocks.hide(stream.number, stream.state in HIDDEN_STATES)
+
+    def expect(self, override: PublisherOverride) -> None:
+        """Say what is known of a publisher before it speaks, for sources that are found at run time. Replaces what was
+        said of the same source and topic; a publisher that has spoken already keeps what it was opened with."""
+        with self._lock:
+            self._overrides[override.source, override.topic] = override
 
     # ------------------------------------------------------------------ what the reader of a socket tells
 
