@@ -154,8 +154,8 @@ public:
                 counts.cleared += withdraw(s, HBM_BIT);
             }
         }
+        forest.settle();
         counts.orphans = std::max<int64_t>(0, forest.orphans - orphans_before);
-        forest.trim();
         forest.bury();
         return counts;
     }
@@ -364,7 +364,7 @@ private:
             for (const Name& name : forest.at(placed.block).names) {
                 if (name.domain == s.domain) continue;
                 others = true;
-                if (match == NONE && name.key == placed.key) match = name.domain;
+                if (name.key == placed.key) match = std::min(match, name.domain);  // the oldest
             }
             if (!others) continue;
             forest.domain(s.domain).settled = true;
@@ -389,7 +389,7 @@ private:
     int64_t store(Stream& s, const std::vector<Group>& groups, const Event& event, int64_t at, New& fresh) {
         bool doubtful = false;
         fresh.next_event(event);
-        if (event.tier == HBM && !event.has_parent && event.is_dense() && event.token_count > 0) {
+        if (event.tier == HBM && !event.has_parent && event.is_dense() && event.token_count > 0 && event.gone.empty()) {
             const Repeats repeats = repeats_hit(s, groups, event, fresh);
             if (repeats == Repeats::SURELY || (repeats == Repeats::PERHAPS && s.reports_hits)) {
                 forget_doubtful(s);
@@ -397,7 +397,10 @@ private:
             }
             doubtful = repeats == Repeats::PERHAPS;
         }
+        int64_t count = 0;
         for (uint64_t engine_key : event.keys) {
+            if (event.is_gone(engine_key)) continue;
+            ++count;
             const ResidentKey key{engine_key, event.tier, event.group};
             if (doubtful) ++s.doubtful[key];
             Resident* entry = s.resident.find(key);
@@ -411,7 +414,7 @@ private:
             }
             note(s, event.group, engine_key, Status::STORED, at);
         }
-        return static_cast<int64_t>(event.keys.size());
+        return count;
     }
 
     int64_t remove(Stream& s, const Event& event, int64_t at) {

@@ -38,7 +38,7 @@ cdef extern from "placing.hpp" namespace "kvindex" nogil:
         c_Kind kind
         int32_t tier, group
         string lora, salt
-        vector[uint64_t] seeds
+        vector[uint64_t] seeds, gone
 
     cdef cppclass Group:
         int32_t number
@@ -172,6 +172,8 @@ cdef _read_stored(object event, int32_t tier, Event& out):
     out.lora = _encoded(event.lora)
     out.salt = _NO_TEXT
     out.any_media = False
+    if event.gone:
+        _read_keys(tuple(sorted(event.gone)), out.gone)
     if event.extras:
         first = event.extras[0].cache_salt
         if first is not None:

@@ -257,21 +257,20 @@ public:
                 release(each.block);
             }
         }
-        for (const KeyAndSize& key : gone.stubs.keys())
-            if (const Ref* found = gone.stubs.find(key)) prune(*found);
         for (uint64_t engine_key : gone.covers.keys()) {
             for (Ref ref : covered(id, engine_key)) {
                 at(ref).covered_by.remove(Name{id, engine_key});
                 release(ref);
             }
         }
+        for (const KeyAndSize& key : gone.stubs.keys())
+            if (const Ref* found = gone.stubs.find(key)) prune(*found);
         gone.names.clear();
         gone.covers.clear();
         gone.stubs.each([&](const KeyAndSize&, Ref top) {
             if (at(top).first_child == NONE) kill(top);
         });
         gone.stubs.clear();
-        trim();
     }
 
     bool is_held(Ref ref) const noexcept {
@@ -289,7 +288,8 @@ public:
         list_last(ref);
     }
 
-    void trim() {
+    // After each batch: forget down to the bound.
+    void settle() {
         for (uint64_t tries = listed_; listed_ > max_forgotten_ && tries > 0; --tries) {
             const Ref ref = oldest_;
             unlist(ref);

@@ -27,10 +27,12 @@ struct Event {
     int32_t tier = HBM, group = 0;
     std::string lora, salt;       // encoded; `salt` is the first block's
     std::vector<uint64_t> seeds;  // one per key, or none: then all are 0
+    std::vector<uint64_t> gone;   // sorted: keys that tell which block they mean but are not credited
 
     bool is_dense() const noexcept {
         return block_size > 0 && token_count == block_size * static_cast<int64_t>(keys.size());
     }
+    bool is_gone(uint64_t key) const { return std::binary_search(gone.begin(), gone.end(), key); }
     uint64_t seed(size_t i) const noexcept { return seeds.empty() ? 0 : seeds[i]; }
 };
 

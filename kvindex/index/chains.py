@@ -133,6 +133,7 @@ class Forest:
             if provisional or (engine_key, block.size) not in domain.provisional:
                 return
             known.names.discard((domain, engine_key))
+            self.release(known)
         sizes[block.size] = block
         block.names.add((domain, engine_key))
         if provisional and known is None:
@@ -159,7 +160,8 @@ class Forest:
                 self.cover(new, engine_key, block)
         for (engine_key, size), stub in list(old.stubs.items()):
             known = new.names.get(engine_key, {}).get(size)
-            self._graft(stub, known if known is not None else self.stub(new, engine_key, size))
+            usable = known is not None and known.top is not stub  # a hostile block may name its own missing parent
+            self._graft(stub, known if usable and known is not None else self.stub(new, engine_key, size))
         old.stubs.clear()
         for engine_key, count in old.references.items():
             new.references[engine_key] = new.references.get(engine_key, 0) + count

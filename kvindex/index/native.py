@@ -249,7 +249,9 @@ class NativeIndex:
             if root_size == size and (lora, salt) != (keys.namespace.lora, keys.namespace.cache_salt):
                 other = chain_keys(keys.tokens[: (position + 1) * size], size, Namespace(lora, salt, keys.namespace.mm))
                 if self._core.knows(int(other[-1])):
-                    found.append(", ".join(f"{k}={v}" for k, v in (("lora", lora), ("cache_salt", salt)) if v) or "none")
+                    found.append(
+                        ", ".join(f"{k}={v}" for k, v in (("lora", lora), ("cache_salt", salt)) if v) or "none"
+                    )
         return tuple(sorted(found))
 
 

@@ -60,7 +60,7 @@ class Placing:
         provisional = event.tier != "hbm"
         block = self._base(event, size)
         known = self._known(event.engine_keys[0], size) if block.key is None and per_key == 1 else None
-        if known is not None and known.parent is not None and known.parent.key is not None:
+        if known is not None and known.parent is not None and known.parent.key is not None and not known.parent.is_top:
             # the parent was unknown, but its child is known in its place: so is the parent
             self._forest.name(self._domain, event.parent or 0, known.parent, provisional)
             block = self._base(event, size)

@@ -339,7 +339,8 @@ class ReferenceIndex:
         blocks = {size: self._blocks_of(event, size) for group in groups for size in group.sizes}
 
         def held(group: int, size: int, index: int) -> bool:
-            block = blocks[size][index] if index < len(blocks[size]) else None
+            chain_ = blocks.get(size, [])  # the unit may be no size of its own
+            block = chain_[index] if index < len(chain_) else None
             return block is not None and any(
                 (HBM, group, key) in stream.resident and not new.hides(group, key, group in states)
                 for domain, key in block.names
