@@ -33,7 +33,8 @@ class CostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PublisherOverride(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What config knows of a publisher that the wire does not say. Matched by `source`, and by `topic` when given."""
+    """What config knows of a publisher that the wire does not say. Matched by `source`, and by `topic` when given.
+    `default_endpoint` and `default_model` are only used where the topic names none."""
 
     source: str
     topic: str | None = None
@@ -43,6 +44,8 @@ class PublisherOverride(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     key_domain: str | None = None
     persistent_tiers: frozenset[str] = frozenset()
     offload_chunk_tokens: int | None = None
+    default_endpoint: str | None = None
+    default_model: str | None = None
 
 
 class IndexConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

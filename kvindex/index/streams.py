@@ -90,14 +90,14 @@ class Stream:
 
 def describe(source: str, topic: str, rank: int, overrides: tuple[PublisherOverride, ...]) -> Publisher:
     """Who publishes: what config says, else the topic `kv@pod@model`, else the whole topic, else the socket."""
-    said = next((o for o in overrides if o.source == source and o.topic in (None, topic)), None)
+    said = next((o for o in overrides if o.source == source and o.topic in (None, topic)), PublisherOverride(source))
     named = split_topic(topic)
-    name = (said.endpoint if said else None) or (named.pod if named else topic) or source
+    name = said.endpoint or (named.pod if named else None) or said.default_endpoint or topic or source
     return Publisher(
         endpoint=name if rank == 0 else f"{name}:dp{rank}",
-        model=(said.model if said else None) or (named.model if named else None),
-        key_domain=said.key_domain if said else None,
-        eagle=bool(said and said.eagle),
-        persistent_tiers=said.persistent_tiers if said else frozenset(),
-        offload_chunk_tokens=said.offload_chunk_tokens if said else None,
+        model=said.model or (named.model if named else None) or said.default_model,
+        key_domain=said.key_domain,
+        eagle=said.eagle,
+        persistent_tiers=said.persistent_tiers,
+        offload_chunk_tokens=said.offload_chunk_tokens,
     )

@@ -32,10 +32,13 @@ class Fed(Protocol):
     messages: Tally[str]
     changes: Tally[str]
     skipped: Tally[str]
-    overflow: int
-    waiting: int
-    lost: int
 
+    @property
+    def overflow(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def lost(self) -> int: ...
     def source_states(self) -> list[tuple[str, str]]: ...
     def unmatched(self) -> tuple[int, int]: ...
 
