@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kvindex.errors import ConfigError
-from kvindex.index.config import IndexConfig
+from kvindex.index.config import IndexConfig, PublisherOverride
 from kvindex.service import yamlfile
 
 DEFAULT_ENGINE = "http://127.0.0.1:8000"
@@ -74,7 +74,29 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     client_ca: str | None = None
 
 
-class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Unsaid(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What nothing on the wire says of a publisher; see `kvindex.index.protocol.Publisher`."""
+
+    model: str | None = None
+    eagle: bool = False
+    key_domain: str | None = None
+    persistent_tiers: frozenset[str] = frozenset()
+    offload_chunk_tokens: Count | None = None
+
+    def override(self, source: str, endpoint: str | None, default_endpoint: str | None = None) -> PublisherOverride:
+        return PublisherOverride(
+            source=source,
+            endpoint=endpoint,
+            default_endpoint=default_endpoint,
+            model=self.model,
+            eagle=self.eagle,
+            key_domain=self.key_domain,
+            persistent_tiers=self.persistent_tiers,
+            offload_chunk_tokens=self.offload_chunk_tokens,
+        )
+
+
+class PublisherConfig(Unsaid, frozen=True, forbid_unknown_fields=True):
     """One ZMQ socket that publishes KV events. With `bind` the daemon binds and engines connect to it."""
 
     source: str
@@ -82,11 +104,6 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     topic: str = ""
     bind: bool = False
     endpoint: str | None = None
-    model: str | None = None
-    engine: Literal["auto", "vllm", "sglang"] = "auto"
-    eagle: bool = False
-    key_domain: str | None = None
-    persistent_tiers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("source", "replay"):
@@ -97,16 +114,11 @@ class PublisherConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"source: {self.source!r} names no host to connect to; name one, or set bind: true")
 
 
-class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EngineConfig(Unsaid, frozen=True, forbid_unknown_fields=True):
     """One inference server; where it publishes is asked of it (`GET /kv_event_sources`)."""
 
     url: str
     name: str | None = None
-    model: str | None = None
-    engine: Literal["auto", "vllm", "sglang"] = "auto"
-    eagle: bool = False
-    key_domain: str | None = None
-    persistent_tiers: tuple[str, ...] = ()
     fallback: str | None = None  # the source to take when the engine does not tell
 
     def __post_init__(self) -> None:

@@ -9,10 +9,11 @@ NODE = """\
 engines:
   - http://127.0.0.1:8000
 #  - url: http://10.0.0.7:8000
-#    name: pod-7                    # endpoint name in scores; default: the topic's, else what the engine says
+#    name: pod-7                    # endpoint name in scores; default: pod of topic kv@pod@model, else host:port
 #    model: my-model                # only if neither topic nor engine tells
 #    eagle: false                   # true when the engine drafts with EAGLE or MTP (nothing on the wire says so)
 #    persistent_tiers: []           # tiers that survive an engine restart, for example [filesystem]
+#    offload_chunk_tokens: 256      # tokens per chunk of the engine's own offloading, if it is not a block
 #    fallback: tcp://10.0.0.7:5557  # where to listen when the engine does not tell (vLLM before 0.31)
 
 # ZMQ publishers that no engine announces.
@@ -23,7 +24,6 @@ publishers: []
 #    bind: false                    # true: we bind, engines connect (source tcp://*:5557)
 #    endpoint: pod-8                # ties the publisher to an endpoint's name
 #    model: my-model
-#    engine: auto                   # auto, vllm or sglang
 #    eagle: false
 #    persistent_tiers: []
 

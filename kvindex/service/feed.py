@@ -14,7 +14,6 @@ import aiohttp
 from kvindex.events.intake import Intake
 from kvindex.events.sources import EngineSources, Finder, Source, StaticSources, WatchedFile
 from kvindex.events.subscriber import SourceConfig
-from kvindex.index.config import PublisherOverride
 from kvindex.index.facade import Index, Ingested
 from kvindex.service import log, yamlfile
 from kvindex.service.config import EngineConfig, NodeConfig, PublisherConfig, PublishersFile
@@ -68,24 +67,11 @@ class Feed:
 
     def _prepare(self, source: Source) -> None:
         """Tell the index what config says of a source, before its first message."""
-        about = source.about
-        name = default = None
+        about, name = source.about, source.socket.source
         if isinstance(about, PublisherConfig):
-            name = about.endpoint
+            self._index.expect(about.override(name, about.endpoint))
         elif isinstance(about, EngineConfig):
-            name, default = about.name, urlsplit(about.url).netloc
-        if isinstance(about, PublisherConfig | EngineConfig):
-            self._index.expect(
-                PublisherOverride(
-                    source.socket.source,
-                    endpoint=name,
-                    model=about.model,
-                    eagle=about.eagle,
-                    key_domain=about.key_domain,
-                    persistent_tiers=frozenset(about.persistent_tiers),
-                    default_endpoint=default,
-                )
-            )
+            self._index.expect(about.override(name, about.name, urlsplit(about.url).netloc))
 
     # ------------------------------------------------------------------ messages (subscribers' threads)
 

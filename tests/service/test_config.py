@@ -60,10 +60,8 @@ def test_nothing_configured_means_the_engine_on_this_host() -> None:
         ("tls: {cert: a}", "tls.key: is required and missing"),
         ("publishers: [{source: tcp://h:1}, {source: h:2}]", "publishers[1].source: 'h:2' is not tcp://host:port"),
         ("publishers: [{source: 'tcp://*:1'}]", "publishers[0].source: 'tcp://*:1' names no host to connect to"),
-        (
-            "publishers: [{source: tcp://h:1, engine: vlm}]",
-            "publishers[0].engine: 'vlm' is not allowed; did you mean `vllm`?",
-        ),
+        ("log: {level: warn}", "log.level: 'warn' is not allowed; did you mean `warning`? known: debug, info, warning"),
+        ("publishers: [{source: tcp://h:1, offload_chunk_tokens: 0}]", "publishers[0].offload_chunk_tokens: "),
         (
             "publishers: [{source: tcp://h:1}, {source: tcp://h:1}]",
             "publishers[1]: source tcp://h:1 is already publishers[0]",
