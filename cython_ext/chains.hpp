@@ -5,7 +5,6 @@
 
 #include <memory>
 #include <string>
-#include <unordered_set>
 #include <vector>
 
 #include "containers.hpp"
@@ -69,7 +68,7 @@ struct Domain {
     int64_t members = 0;
     OrderedMap<uint64_t, ShortList<Named>> names;
     OrderedMap<uint64_t, int64_t> references;
-    OrderedMap<uint64_t, std::unordered_set<Ref>> covers;
+    OrderedMap<uint64_t, OrderedMap<uint64_t, bool>> covers;  // the blocks of a chunk
     OrderedMap<KeyAndSize, Ref, HashKeyAndSize> stubs;
 };
 
@@ -223,7 +222,9 @@ public:
     }
 
     void cover(DomainId id, uint64_t engine_key, Ref ref) {
-        if (domain(id).covers[engine_key].insert(ref).second) at(ref).covered_by.push(Name{id, engine_key});
+        bool& is_known = domain(id).covers[engine_key][ref];
+        if (!is_known) at(ref).covered_by.push(Name{id, engine_key});
+        is_known = true;
     }
 
     void absorb(DomainId old, DomainId into) {
@@ -350,7 +351,9 @@ private:
 
     std::vector<Ref> covered(DomainId id, uint64_t engine_key) const {
         const auto* found = domain(id).covers.find(engine_key);
-        return found == nullptr ? std::vector<Ref>() : std::vector<Ref>(found->begin(), found->end());
+        std::vector<Ref> blocks;
+        if (found != nullptr) found->each([&](uint64_t ref, bool) { blocks.push_back(static_cast<Ref>(ref)); });
+        return blocks;
     }
 
     void hang(Ref ref, Ref parent) {
@@ -559,7 +562,7 @@ inline void Forest::check() const {
                 violated("engine key " + std::to_string(name.key) + " does not lead back to its block");
         for (const Name& name : block.covered_by) {
             const auto* covers = domain(name.domain).covers.find(name.key);
-            if (covers == nullptr || covers->count(ref) == 0)
+            if (covers == nullptr || !covers->contains(ref))
                 violated("chunk " + std::to_string(name.key) + " does not lead back to its block");
         }
     }

@@ -79,7 +79,7 @@ class Domain:
         self.names: dict[int, dict[int, Block]] = {}
         self.provisional: set[tuple[int, int]] = set()
         self.references: dict[int, int] = {}
-        self.covers: dict[int, set[Block]] = {}
+        self.covers: dict[int, dict[Block, None]] = {}  # in order: it decides what is forgotten first
         self.stubs: dict[tuple[int, int], Block] = {}
 
 
@@ -148,7 +148,7 @@ class Forest:
     def cover(self, domain: Domain, engine_key: int, block: Block) -> None:
         """The chunk called `engine_key` contains `block`."""
         block.covered_by.add((domain, engine_key))
-        domain.covers.setdefault(engine_key, set()).add(block)
+        domain.covers.setdefault(engine_key, {})[block] = None
 
     def absorb(self, old: Domain, new: Domain) -> None:
         """Two domains turned out to be one: `old`'s names, chunks and stubs become `new`'s."""
@@ -220,7 +220,7 @@ class Forest:
             domain.names[engine_key][block.size] = into
             into.names.add((domain, engine_key))
         for domain, engine_key in block.covered_by:
-            domain.covers[engine_key].discard(block)
+            domain.covers[engine_key].pop(block, None)
             self.cover(domain, engine_key, into)
         for who, said in block.history.items():
             if who not in into.history or into.history[who][1] <= said[1]:
@@ -261,7 +261,7 @@ class Forest:
             if not sizes:
                 del domain.names[engine_key]
         for domain, engine_key in block.covered_by:
-            domain.covers[engine_key].discard(block)
+            domain.covers[engine_key].pop(block, None)
         parent = block.parent
         assert parent is not None
         del parent.children[block.local]

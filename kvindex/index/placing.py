@@ -122,7 +122,7 @@ class Placing:
             if len(twins) > 1:
                 keys = {key for block in twins for domain, key in block.names if domain is self._domain}
                 for block in twins:
-                    for key in keys:
+                    for key in sorted(keys):
                         if self._known(key, block.size) is None:
                             self._name(key, block, provisional=False)
 
