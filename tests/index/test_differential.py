@@ -62,7 +62,8 @@ class Traffic:
             event
             for number, kind, window, size in groups
             if self.random.random() < 0.9
-            and (event := self._one(domain, tokens, lora, salt, media, begin, tier, number, kind, window, size)) is not None
+            and (event := self._one(domain, tokens, lora, salt, media, begin, tier, number, kind, window, size))
+            is not None
         ]
 
     def _one(
@@ -206,6 +207,8 @@ def test_both_answer_alike(block: int) -> None:
         try:
             run(seed, 60)
         except BaseException as error:
-            error.args = (f"seed {seed}: {error}",) if not error.args else (f"seed {seed}: {error.args[0]}", *error.args[1:])
+            error.args = (
+                (f"seed {seed}: {error}",) if not error.args else (f"seed {seed}: {error.args[0]}", *error.args[1:])
+            )
             print(f"seed {seed}")
             raise
