@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from kvindex.service.pb import index_pb2 as pb
 PROTOCOL = 1  # what this release speaks; see proto/kvindex/v1/index.proto
 
 SERVICE = "kvindex.v1.IndexService"
+M = TypeVar("M", pb.ScoreRequest, pb.ExplainRequest)
 
 
 class Question(NamedTuple):
@@ -78,15 +79,16 @@ def question(request: pb.ScoreRequest | pb.ExplainRequest, max_tokens: int) -> Q
 
 
 def fill(
-    request: Any,
+    request: M,
     token_ids: Tokens | Sequence[int] | None,
-    prompt: str | None,
     model: str | None,
-    lora: str | None,
-    cache_salt: str | None,
-    mm: Iterable[Any],
-    endpoints: Iterable[str] | None,
-) -> None:
+    *,
+    prompt: str | None = None,
+    lora: str | None = None,
+    cache_salt: str | None = None,
+    mm: Iterable[Mapping[str, Any] | MultiModalItem] = (),
+    endpoints: Iterable[str] | None = None,
+) -> M:
     """The client's side of `question`. Optional fields stay unset when None, which is not the same as empty."""
     request.protocol = PROTOCOL
     if (token_ids is None) == (prompt is None):
@@ -102,10 +104,14 @@ def fill(
     if cache_salt is not None:
         request.cache_salt = cache_salt
     for item in mm:
-        plain = item if isinstance(item, dict) else {"hash": item[0], "offset": item[1], "length": item[2]}
-        request.mm.add(hash=plain["hash"], offset=plain["offset"], length=plain["length"])
+        plain = item._asdict() if isinstance(item, MultiModalItem) else item
+        try:
+            request.mm.add(hash=plain["hash"], offset=plain["offset"], length=plain["length"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f'mm: every item needs "hash", "offset" and "length": {error}') from None
     if endpoints is not None:
         request.endpoints.extend(endpoints)
+    return request
 
 
 def score_response(scores: Any, request_id: int, prompt_tokens: int) -> pb.ScoreResponse:
