@@ -1,8 +1,8 @@
 """The client's side of a connection: requests in, one answer at a time out.
 
-A request is handed on when its body is complete, because routing needs the prompt. Requests that arrive while an earlier
-one is still being answered wait in order; past a few, reading stops until they are done. A client that closes its side,
-even half, counts as gone: what runs for it is cancelled.
+A request is handed on when its body is complete, because routing needs the prompt. Requests that arrive while an
+earlier one is still being answered wait in order; past a few, reading stops until they are done. A client that closes
+its side, even half, counts as gone: what runs for it is cancelled.
 """
 
 from __future__ import annotations
@@ -321,7 +321,9 @@ class ClientConnection(asyncio.Protocol):
             self._close()
 
     def _too_long(self) -> Refusal:
-        return Refusal(431, "head_too_large", f"the head is over {self._limits.max_header_bytes} bytes or too many headers")
+        return Refusal(
+            431, "head_too_large", f"the head is over {self._limits.max_header_bytes} bytes or too many headers"
+        )
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "body_too_large", f"the body is over {self._limits.max_body_bytes} bytes")

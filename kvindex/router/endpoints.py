@@ -10,8 +10,8 @@ from kvindex.router.upstream import Pool
 
 
 class Target:
-    """One (engine, rank): what a pick chooses. `inflight` and `pending_tokens` are this router's own, exact at any moment;
-    the rest is what the engine said at `scraped_at`."""
+    """One (engine, rank): what a pick chooses. `inflight` and `pending_tokens` are this router's own, exact at any
+    moment; the rest is what the engine said at `scraped_at`."""
 
     __slots__ = (
         "endpoint",
@@ -42,7 +42,8 @@ class Target:
 
 
 class Endpoint:
-    """One engine. `models` maps what it serves to the base model (None for a base model itself); None: not known yet."""
+    """One engine. `models` maps what it serves to the base model (None for a base model itself); None: not known
+    yet."""
 
     def __init__(self, config: EndpointConfig, limits: Limits, retry: Retry, loop: asyncio.AbstractEventLoop) -> None:
         self.config = config

@@ -37,7 +37,8 @@ class Lookup(Protocol):
     async def close(self) -> None: ...
 
     def match(self, query: Query) -> Matches | Awaitable[Matches]:
-        """Per endpoint name; who is absent holds nothing. Raises (or the awaitable does) ServiceError when nobody answers."""
+        """Per endpoint name; who is absent holds nothing. Raises (or the awaitable does) ServiceError when nobody
+        answers."""
 
     def follows(self, endpoint: str) -> bool:
         """Whether the index hears this endpoint at all, so that "holds nothing" is a prediction and not ignorance."""

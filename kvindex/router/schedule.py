@@ -1,7 +1,8 @@
-"""Which endpoint gets a request: scorers estimate seconds per target, a picker takes one, and the pick is accounted at once.
+"""Which endpoint gets a request: scorers estimate seconds per target, a picker takes one, and the pick is accounted at
+once.
 
-Everything here is synchronous, so that nothing can come between looking at the load and adding to it: a thousand requests
-that arrive together each see the picks before them.
+Everything here is synchronous, so that nothing can come between looking at the load and adding to it: a thousand
+requests that arrive together each see the picks before them.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Load(NamedTuple):
 class Decision:
     """One pick, accounted. `first_output` and `release` give back what it took, each once."""
 
-    __slots__ = ("at", "columns", "loads", "match", "request", "target", "totals", "uncached", "why", "_open")
+    __slots__ = ("_open", "at", "columns", "loads", "match", "request", "target", "totals", "uncached", "why")
 
     def __init__(self, target: Target, request: PickRequest, why: str, at: float) -> None:
         self.target = target

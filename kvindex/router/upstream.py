@@ -1,4 +1,5 @@
-"""The engine's side: one HTTP/1.1 connection at a time per answer, and a bounded pool of kept-alive ones per endpoint."""
+"""The engine's side: one HTTP/1.1 connection at a time per answer, and a bounded pool of kept-alive ones per
+endpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ JOIN_BELOW_BYTES = 64 << 10  # a small body goes out with its head in one write
 
 
 class Answer(NamedTuple):
-    """An engine's response head. `length` None and not `chunked`: the body ends with the connection, or there is none."""
+    """An engine's response head. `length` None and not `chunked`: the body ends with the connection, or there is
+    none."""
 
     status: int
     reason: bytes

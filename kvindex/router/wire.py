@@ -1,8 +1,9 @@
 """HTTP/1.1 as far as a router needs it: what is refused, what is forwarded, and heads as bytes. Pure functions.
 
-llhttp (through httptools, strict) already refuses Content-Length beside Transfer-Encoding, a second Content-Length, bare
-CR or LF, folded headers and spaces before a colon. What it lets pass and a router must not is refused here. Framing is
-never copied: both sides' heads get the framing that we ourselves send, so the two ends cannot disagree about it.
+llhttp (through httptools, strict) already refuses Content-Length beside Transfer-Encoding, a second Content-Length,
+bare CR or LF, folded headers and spaces before a colon. What it lets pass and a router must not is refused here.
+Framing is never copied: both sides' heads get the framing that we ourselves send, so the two ends cannot disagree
+about it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,17 @@ import msgspec
 Headers = list[tuple[bytes, bytes]]  # names in lower case
 
 HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te")
-    + (b"trailer", b"transfer-encoding", b"upgrade")
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    )
 )
 _NOT_UPSTREAM = HOP_BY_HOP | {b"content-length", b"expect", b"x-kvindex-explain"}
 _NOT_DOWNSTREAM = HOP_BY_HOP | {b"content-length"}
@@ -121,7 +131,8 @@ def own_answer(
 ) -> bytes:
     """A whole answer made by the router itself."""
     head = (
-        b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n" % (status, REASONS[status], content_type, len(body))
+        b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n"
+        % (status, REASONS[status], content_type, len(body))
         + extra
         + (b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
     )
