@@ -5,25 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import msgspec
 import structlog
 import zmq
 
 from kvindex.errors import ServiceError
-from kvindex.events.ordered import Sink
 from kvindex.events.receiver import Context
+from kvindex.events.sink import IndexSink
 from kvindex.events.sources import Finder, Source
 from kvindex.events.subscriber import Subscriber, SubscriberStatus
 
 _RETRY_SECONDS = 5.0  # between two tries to open a socket that could not be
-
-
-class IndexSink(Sink, Protocol):
-    """A sink that can also forget a source."""
-
-    def close_publisher(self, source: str) -> object: ...
 
 
 class FinderStatus(msgspec.Struct, frozen=True):

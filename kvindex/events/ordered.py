@@ -13,44 +13,21 @@ the sink's own checks say what is missing.
 
 from __future__ import annotations
 
-import enum
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import Protocol
 
 import structlog
 
 from kvindex.events.frames import Message, digest, split
-from kvindex.events.replaying import ReplayError
+from kvindex.events.replaying import Answer, ReplayError
 from kvindex.events.sequence import SequenceTracker, Verdict
+from kvindex.events.sink import Sink
 
 ATTEMPTS = 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds that a replay socket which failed is left alone
 
 Ask = Callable[[int], Generator[list[bytes], None, None]]
-
-
-class Sink(Protocol):
-    """Who takes the messages. `kvindex.Index` is one.
-
-    `ingest` may return something with a `status`; `"gap"` says that messages are missing. `replay_begun` and
-    `replay_ended` bracket replayed messages; `complete` False: what is missing is lost for good. `restarted`: the
-    publisher is another process now, what it said is void, and its next message is its first.
-    """
-
-    def ingest(self, source: str, frames: Sequence[bytes], replay: bool = False) -> object: ...
-    def replay_begun(self, source: str) -> object: ...
-    def replay_ended(self, source: str, complete: bool) -> object: ...
-    def restarted(self, source: str) -> object: ...
-
-
-class _Answer(enum.Enum):
-    WHOLE = "whole"  # up to its end marker
-    BROKEN = "broken"  # it did not end, or lost messages on the way
-    RESTARTED = "restarted"  # it is another process's: ask again from the beginning
-    DOUBTFUL = "doubtful"  # the last message seen is not in it, and maybe this publisher keeps none at all
-    UNNAMED = "unnamed"  # it does not say the topic, and no live message has yet
 
 
 class OrderedFeed:
@@ -72,6 +49,7 @@ class OrderedFeed:
         self.lost = 0  # messages that no replay could bring back
         self.restarts = 0
         self.malformed = 0  # messages without a payload frame
+        self.problem = ""  # why the last replay failed, for people; empty when it did not
         self._sink = sink
         self._ask = ask
         self._prefix = topic_prefix
@@ -134,25 +112,26 @@ class OrderedFeed:
         if self._clock() < self._ask_again_at:
             return False
         failed = 0  # in a row, without getting any further
-        answer = _Answer.RESTARTED
+        answer = Answer.RESTARTED
         while failed < ATTEMPTS:
-            if answer is _Answer.BROKEN and not self._pause(0.1 * 4**failed):
+            if answer is Answer.BROKEN and not self._pause(0.1 * 4**failed):
                 return False
             before = self._tracker.last_sequence
-            answer = self._read_answer(from_start=answer is _Answer.DOUBTFUL)
-            if answer is _Answer.WHOLE:
+            answer = self._read_answer(from_start=answer is Answer.DOUBTFUL)
+            if answer is Answer.WHOLE:
                 self._next_pause = _FIRST_PAUSE
+                self.problem = ""
                 return not self._tracker.holes
-            if answer is _Answer.UNNAMED:
+            if answer is Answer.UNNAMED:
                 return False
-            self.failures += answer is _Answer.BROKEN
-            further = answer is _Answer.BROKEN and self._tracker.last_sequence != before
+            self.failures += answer is Answer.BROKEN
+            further = answer is Answer.BROKEN and self._tracker.last_sequence != before
             failed = 0 if further else failed + 1
         self._ask_again_at = self._clock() + self._next_pause
         self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE)
         return False
 
-    def _read_answer(self, *, from_start: bool) -> _Answer:
+    def _read_answer(self, *, from_start: bool) -> Answer:
         """Ask from the last message seen, whose payload tells whether it is still the same process that answers."""
         assert self._ask is not None
         seen = self._tracker.last_sequence
@@ -173,25 +152,26 @@ class OrderedFeed:
                     if refused is not None:
                         return refused
         except ReplayError as failure:
+            self.problem = str(failure)
             self._log.warning("replay failed", start=start, answers=count, error=str(failure))
-        return _Answer.BROKEN
+        return Answer.BROKEN
 
-    def _replayed(self, message: Message, frames: list[bytes], *, first: bool) -> _Answer | None:
+    def _replayed(self, message: Message, frames: list[bytes], *, first: bool) -> Answer | None:
         """Deliver one answer; anything but None ends the reading."""
         if self._topic is None and message.topic is None:
-            return _Answer.UNNAMED  # vLLM before 0.25: the sink could not tell whose it is
+            return Answer.UNNAMED  # vLLM before 0.25: the sink could not tell whose it is
         if message.topic is not None and message.topic != self._topic:
             first_name = self._topic is None
             if not self._same_topic(message.topic) or not first_name:
-                return _Answer.BROKEN if self._mixed else _Answer.RESTARTED
+                return Answer.BROKEN if self._mixed else Answer.RESTARTED
         self._keeps = True
         hashed = digest(message.payload)
         verdict = self._tracker.judge(message.sequence, hashed, replay=True).verdict
         if verdict is Verdict.RESTART:
             self._restart("its replay differs from what it sent")
-            return _Answer.RESTARTED
+            return Answer.RESTARTED
         if verdict is Verdict.GAP and not first:
-            return _Answer.BROKEN  # dropped on the way here: ask again from where it is whole
+            return Answer.BROKEN  # dropped on the way here: ask again from where it is whole
         # A gap before the first answer: the publisher itself no longer keeps what is missing.
         if self._tracker.offer(message.sequence, hashed, replay=True).verdict is not Verdict.DUPLICATE:
             self._begin()
@@ -199,18 +179,18 @@ class OrderedFeed:
             self._forward(message, named, replay=True)
         return None
 
-    def _answer_ended(self, frames: list[bytes], *, whole: bool, start: int) -> _Answer:
+    def _answer_ended(self, frames: list[bytes], *, whole: bool, start: int) -> Answer:
         """`whole` False: not even the last message seen is there. A process that keeps messages and lacks this one has
         sent less than the one before it."""
         if not whole:
             if not self._keeps:
-                return _Answer.DOUBTFUL if start > 0 else _Answer.WHOLE
+                return Answer.DOUBTFUL if start > 0 else Answer.WHOLE
             self._keeps = False
             self._restart("its replay buffer lacks the last message seen")
-            return _Answer.RESTARTED
+            return Answer.RESTARTED
         if self._bracketed:
             self._sink.ingest(self.source, frames, True)
-        return _Answer.WHOLE
+        return Answer.WHOLE
 
     # ------------------------------------------------------------------ telling the sink
 

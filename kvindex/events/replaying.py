@@ -7,6 +7,7 @@ in time: the high-water mark here is larger than the engines' buffers (10,000 ba
 
 from __future__ import annotations
 
+import enum
 import threading
 import time
 from collections.abc import Generator
@@ -20,6 +21,16 @@ from kvindex.events.frames import END_SEQUENCE, replay_request
 _HWM = 200_000
 _SLICE = 0.1  # seconds between two looks at the stop flag
 _END = END_SEQUENCE.to_bytes(8, "big")
+
+
+class Answer(enum.Enum):
+    """How reading an answer ended."""
+
+    WHOLE = "whole"  # up to its end marker
+    BROKEN = "broken"  # it did not end, or lost messages on the way
+    RESTARTED = "restarted"  # it is another process's: ask again from the beginning
+    DOUBTFUL = "doubtful"  # the last message seen is not in it, and maybe this publisher keeps none at all
+    UNNAMED = "unnamed"  # it does not say the topic, and no live message has yet
 
 
 class ReplayError(ServiceError):

@@ -18,9 +18,10 @@ import structlog
 import zmq
 
 from kvindex.events.inbox import Inbox
-from kvindex.events.ordered import OrderedFeed, Sink
+from kvindex.events.ordered import OrderedFeed
 from kvindex.events.receiver import Context, Receiver
 from kvindex.events.replaying import ReplayLimits, ask
+from kvindex.events.sink import Sink
 
 _SETTLED_SECONDS = 1.0
 
@@ -125,13 +126,14 @@ class Subscriber:
         return ended
 
     def status(self) -> SubscriberStatus:
+        detail = self._detail or self._feed.problem
         if self._stopping.is_set():
-            return self._status("stopped", self._detail)
+            return self._status("stopped", detail)
         if self._consumer.ident is not None and not self._consumer.is_alive():
-            return self._status("failed", self._detail)
+            return self._status("failed", detail)
         if self._receiver.peers:
-            return self._status("connected", self._detail)
-        return self._status("connecting", "no publisher has connected yet" if self.config.bind else self._detail)
+            return self._status("connected", detail)
+        return self._status("connecting", "no publisher has connected yet" if self.config.bind else detail)
 
     def _status(self, state: str, detail: str) -> SubscriberStatus:
         return SubscriberStatus(

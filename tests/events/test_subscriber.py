@@ -14,8 +14,8 @@ import zmq
 
 from kvindex.errors import ServiceError
 from kvindex.events.frames import Message, split
-from kvindex.events.ordered import Sink
 from kvindex.events.replaying import ReplayError, ReplayLimits, ask
+from kvindex.events.sink import Sink
 from kvindex.events.subscriber import SourceConfig, Subscriber
 from tests.support.publisher import Publisher
 
