@@ -22,9 +22,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "router",
         help="reverse proxy for the OpenAI paths that routes by prefix and load",
-        description="Sends each request to the engine that will answer first: where most of its prefix is cached,
-        unless " "others are that much less busy. Every answer says where it went (x-kvindex-endpoint) and what was
-        predicted " "(x-kvindex-matched-tokens); GET /debug/explain/<request-id> says why.",
+        description="Sends each request to the engine that will answer first: where most of its prefix is cached, "
+        "unless others are that much less busy. Every answer says where it went (x-kvindex-endpoint) and what was "
+        "predicted (x-kvindex-matched-tokens); GET /debug/explain/<request-id> says why.",
         epilog="A commented config to start from: kvindex config example router",
     )
     parser.add_argument("-c", "--config", metavar="FILE", required=True, help="router.yaml")
