@@ -25,6 +25,7 @@ from kvindex.service.status import Status
 from kvindex.service.tokenizing import Tokenizers
 
 READY_CHECK_SECONDS = 0.2
+COMPLAIN_SECONDS = 5.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,7 +69,7 @@ async def serve(config: NodeConfig, *, reference: bool = False) -> None:
         feed = Feed(config, index, session)
         status = Status(index, feed, version)
         metrics.watch(index, feed)
-        lookups = Lookups(index, tokenizers, metrics, config.limits.max_prompt_tokens)
+        lookups = Lookups(index, tokenizers, metrics, config.limits.max_prompt_tokens, feed.rebuild)
         shared: dict[str, Any] = {"tls": config.tls, "token": token}
         grpc = GrpcServer(lookups, status, metrics, config.limits, listen=config.listen.grpc, **shared)
         http = HttpServer(lookups, status, metrics, config.limits, listen=config.listen.http, **shared)
@@ -109,7 +110,7 @@ async def _until(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
 
 
 async def _readiness(feed: Feed, grpc: GrpcServer, config: NodeConfig) -> None:
-    """Serving as soon as every source is connected or had its time; then, once, say what has no partner."""
+    """Serving as soon as every source is connected or had its time; then say what has no partner."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + config.connect_deadline_seconds
     await asyncio.sleep(READY_CHECK_SECONDS)
@@ -118,8 +119,9 @@ async def _readiness(feed: Feed, grpc: GrpcServer, config: NodeConfig) -> None:
     await grpc.serving(True)
     log.get("daemon").info("ready", sources=len(feed.sources()))
     await asyncio.sleep(max(0.0, deadline - loop.time()))
-    feed.complain()
-    await asyncio.Event().wait()
+    while True:
+        feed.complain()
+        await asyncio.sleep(COMPLAIN_SECONDS)
 
 
 def _where(config: NodeConfig) -> dict[str, str]:

@@ -17,7 +17,9 @@ from kvindex.events.subscriber import SourceConfig
 from kvindex.index.facade import Index, Ingested
 from kvindex.service import log, yamlfile
 from kvindex.service.config import EngineConfig, NodeConfig, PublisherConfig, PublishersFile
-from kvindex.service.status import SourceStatus
+from kvindex.service.status import SourceStatus, pod_of
+
+MAX_SAID = 1000
 
 
 class Feed:
@@ -31,6 +33,8 @@ class Feed:
         self.changes: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self._log = log.get("feed")
+        self._said: set[tuple[str, ...]] = set()
+        self._complaints: set[tuple[str, ...]] = set()
         self._deadline = time.monotonic() + config.connect_deadline_seconds
         self._engines = config.all_engines
         self.intake = Intake(self._finders(session), self, prepare=self._prepare)
@@ -85,17 +89,22 @@ class Feed:
                 applied = result.applied
                 for kind in ("stored", "removed", "orphans", "unplaced", "cleared"):
                     self.changes[kind] += getattr(applied, kind)
-        if result.status in ("gap", "restart"):
-            self._log.warning(
-                "messages are missing" if result.status == "gap" else "publisher restarted",
-                source=source,
-                endpoint=result.publisher,
-                sequence=result.sequence,
-                missing=result.missing,
-            )
-        for skip in result.skipped[:1]:
-            self._log.warning("skipped", source=source, reason=skip.reason, detail=skip.detail, n=len(result.skipped))
+        if result.status == "restart":
+            self._log.warning("publisher restarted", source=source, endpoint=result.publisher, sequence=result.sequence)
+        for skip in result.skipped:
+            if self._is_news("skipped", source, skip.reason):
+                self._log.warning(
+                    "skipped; counted from here on", source=source, reason=skip.reason, detail=skip.detail[:500]
+                )
         return result
+
+    def _is_news(self, *what: str) -> bool:
+        """A flood of one kind is one line and a counter."""
+        with self._lock:
+            if what in self._said or len(self._said) >= MAX_SAID:
+                return False
+            self._said.add(what)
+            return True
 
     def replay_begun(self, source: str) -> None:
         self._index.replay_begun(source)
@@ -109,10 +118,18 @@ class Feed:
 
     def restarted(self, source: str) -> None:
         self._index.restarted(source)
-        self._log.warning("publisher restarted", source=source)
 
     def close_publisher(self, source: str) -> int:
         return self._index.close_publisher(source)
+
+    def rebuild(self, endpoint: str) -> None:
+        """Predictions for this endpoint have been too high for long: what is known of it is not believed any more."""
+        self._index.mark_suspect(endpoint)
+        for source in {p.source for p in self._index.publishers() if p.endpoint == endpoint}:
+            replayed = self.intake.renew(source)
+            if not replayed:
+                self._index.fence(source, "predictions were too high, and there is no replay socket")
+            self._log.error("predictions too high, rebuilding", endpoint=endpoint, source=source, replayed=replayed)
 
     # ------------------------------------------------------------------ what there is to say (event loop)
 
@@ -135,26 +152,42 @@ class Feed:
 
     def unmatched(self) -> tuple[int, int]:
         """(publishers whose endpoint nobody named, engines of which no publisher is known)."""
-        unnamed = sum(p.endpoint == p.source for p in self._index.publishers())
-        return unnamed, len(self.engines_without_publisher())
+        unnamed = sum(pod_of(p.endpoint) == p.source for p in self._index.publishers())
+        return unnamed, len(self._engines_without_publisher())
 
-    def engines_without_publisher(self) -> list[str]:
+    def _engines_without_publisher(self) -> list[str]:
         silent = {f.where for f in self.intake.finders() if not f.found}
         return [e.url for e in self._engines if e.url.rstrip("/") in silent]
 
     def complain(self) -> None:
-        """Once, when the deadline has passed: name what has no partner."""
-        for url in self.engines_without_publisher():
-            error = next((f.error for f in self.intake.finders() if f.where == url.rstrip("/")), None)
-            self._log.error("engine has no publisher", engine=url, why=error, fix=f"run: kvindex doctor {url}")
-        for status in self.intake.subscribers():
-            if status.state != "connected":
-                self._log.error("publisher is not connected", source=status.source, state=status.state)
-        for publisher in self._index.publishers():
-            if publisher.endpoint == publisher.source:
-                self._log.error(
-                    "publisher has no endpoint", source=publisher.source, topic=publisher.topic, fix="set its endpoint"
-                )
+        """Name what has no partner, each once until it has had one."""
+        now: dict[tuple[str, ...], dict[str, object]] = {}
+        errors = {f.where: f.error for f in self.intake.finders()}
+        for url in self._engines_without_publisher():
+            now["engine has no publisher", url] = {"why": errors.get(url.rstrip("/")), "fix": f"kvindex doctor {url}"}
+        for s in self.intake.subscribers():
+            if s.state != "connected":
+                now["publisher is not connected", s.source] = {"state": s.state, "why": s.detail}
+        sources: dict[tuple[str, str], set[str]] = {}
+        for p in self._index.publishers():
+            sources.setdefault((p.endpoint, p.topic), set()).add(p.source)
+            if pod_of(p.endpoint) == p.source:
+                now["publisher has no endpoint", p.source] = {
+                    "topic": p.topic,
+                    "fix": "set its endpoint in the config, or give the engine a topic kv@POD@MODEL",
+                }
+        for (endpoint, topic), shared in sources.items():
+            if len(shared) > 1:
+                now[("publishers share an endpoint", endpoint, *sorted(shared))] = {
+                    "topic": topic,
+                    "fix": "set the endpoint of each in the config, if they are different engines",
+                }
+        for what, details in now.items():
+            if what not in self._complaints:
+                self._log.error(what[0], about=what[1:], **details)
+        for what in self._complaints - now.keys():
+            self._log.info("solved: " + what[0], about=what[1:])
+        self._complaints = set(now)
 
     @property
     def overflow(self) -> int:

@@ -25,6 +25,7 @@ from kvindex.service.status import Status
 from kvindex.service.tokenizing import NoTokenizer
 
 INDEXER_SERVICE = "indexer.v1.IndexerService"
+SETTLE_SECONDS = 0.05
 SERVICES = (wire.SERVICE, INDEXER_SERVICE)
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class GrpcServer:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._listen, self._credentials = listen, auth.server_credentials(tls) if tls else None
         self.port = 0
+        self._busy = 0  # calls and stream messages that are being answered
 
     async def start(self) -> None:
         """Raises ServiceError when the address cannot be had."""
@@ -82,9 +84,16 @@ class GrpcServer:
             await self._health.set(service, state)
 
     async def stop(self, deadline_seconds: float) -> None:
-        """Refuse new calls, let those in flight end, cut them at the deadline."""
+        """Refuse new calls, let those in flight end, cut them at the deadline. A stream that waits for its client's
+        next question is not in flight."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(deadline_seconds)
+        stopping = asyncio.create_task(self._server.stop(deadline_seconds))
+        idle = 0
+        while idle < 2 and not stopping.done():  # twice, so that the last answer has left
+            await asyncio.sleep(SETTLE_SECONDS)
+            idle = 0 if self._busy else idle + 1
+        await self._server.stop(0)
+        await stopping
 
     # -- kvindex.v1.IndexService
 
@@ -112,17 +121,22 @@ class GrpcServer:
         self, requests: AsyncIterator[index_pb2.ScoreRequest], context: Context
     ) -> AsyncIterator[index_pb2.ScoreResponse]:
         async for request in requests:
+            self._busy += 1
             try:
-                _check_protocol(request)
-                yield await self._lookups.score(request, "score_stream")
-            except (UsageError, TokenizerError) as error:
-                code = _code_of(error)
-                self._metrics.refused.labels(code.name).inc()
-                yield index_pb2.ScoreResponse(
-                    protocol=wire.PROTOCOL,
-                    id=request.id,
-                    error=index_pb2.Error(code=code.value[0], message=str(error)),
-                )
+                yield await self._stream_answer(request)
+            finally:
+                self._busy -= 1
+
+    async def _stream_answer(self, request: index_pb2.ScoreRequest) -> index_pb2.ScoreResponse:
+        try:
+            _check_protocol(request)
+            return await self._lookups.score(request, "score_stream")
+        except (UsageError, TokenizerError) as error:
+            code = _code_of(error)
+            self._metrics.refused.labels(code.name).inc()
+            return index_pb2.ScoreResponse(
+                protocol=wire.PROTOCOL, id=request.id, error=index_pb2.Error(code=code.value[0], message=str(error))
+            )
 
     async def _explain(self, request: index_pb2.ExplainRequest, context: Context) -> index_pb2.ExplainResponse:
         await self._check(request, context)
@@ -174,12 +188,15 @@ class GrpcServer:
     async def _answer(self, context: Context, work: Awaitable[T]) -> T:
         """Await within the caller's deadline; expected errors become their status code."""
         left = context.time_remaining()
+        self._busy += 1
         try:
             return await (work if left is None else asyncio.wait_for(work, max(left, 0)))
         except asyncio.TimeoutError:
             await self._abort(context, Code.DEADLINE_EXCEEDED, "the deadline passed before the answer was there")
         except (UsageError, TokenizerError) as error:
             await self._abort(context, _code_of(error), str(error))
+        finally:
+            self._busy -= 1
 
     async def _abort(self, context: Context, code: grpc.StatusCode, message: str) -> NoReturn:
         self._metrics.refused.labels(code.name).inc()

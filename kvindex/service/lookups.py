@@ -5,32 +5,42 @@ The index is called in the event loop's thread: a look-up takes less time than h
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from kvindex.errors import UsageError
 from kvindex.events.model import Tokens
-from kvindex.service import wire
+from kvindex.service import log, wire
 from kvindex.service.audit import Audit, Observation
 from kvindex.service.metrics import Metrics
 from kvindex.service.pb import index_pb2 as pb
+from kvindex.service.status import pod_of
 from kvindex.service.tokenizing import Tokenizers
 
-
-def pod_of(endpoint: str) -> str:
-    """The pod of an endpoint: rank N is called `pod:dpN`."""
-    pod, separator, rank = endpoint.rpartition(":dp")
-    return pod if separator and rank.isdecimal() else endpoint
+MAX_UNKNOWN = 1000
 
 
 class Lookups:
-    def __init__(self, index: Any, tokenizers: Tokenizers, metrics: Metrics, max_prompt_tokens: int) -> None:
+    """`rebuild` is called with an endpoint whose predictions have been too high for long."""
+
+    def __init__(
+        self,
+        index: Any,
+        tokenizers: Tokenizers,
+        metrics: Metrics,
+        max_prompt_tokens: int,
+        rebuild: Callable[[str], object],
+    ) -> None:
         self._index, self._tokenizers, self._metrics = index, tokenizers, metrics
         self._max_tokens = max_prompt_tokens
+        self._rebuild = rebuild
         self._audit = Audit()
+        self._unknown: set[str] = set()
+        self._log = log.get("lookups")
 
     async def score(self, request: pb.ScoreRequest, api: str) -> pb.ScoreResponse:
         """Raises UsageError and TokenizerError."""
@@ -46,7 +56,9 @@ class Lookups:
         tokens = asked.token_ids
         if tokens is None:
             tokens = await self._tokenize(asked.model, asked.prompt)
-        views = self._index.explain(
+        # slow: it must not keep look-ups waiting
+        views = await asyncio.to_thread(
+            self._index.explain,
             tokens,
             model=asked.model,
             lora=asked.lora,
@@ -88,7 +100,11 @@ class Lookups:
             self._metrics.predictions.labels(seen.endpoint, outcome).inc()
             self._metrics.prediction_error.labels(outcome).observe(difference)
             if self._audit.observe(seen):
-                self._index.mark_suspect(seen.endpoint)
+                self._rebuild(seen.endpoint)
+        for endpoint in sorted(unknown - self._unknown)[: MAX_UNKNOWN - len(self._unknown)]:
+            self._unknown.add(endpoint)
+            self._log.error("a router sends requests to an endpoint that no publisher speaks for", endpoint=endpoint)
+        self._metrics.unknown_endpoints.set(len(self._unknown - known))
         return sorted(unknown)
 
     async def _tokenize(self, model: str | None, prompt: str) -> Tokens:

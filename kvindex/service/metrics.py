@@ -85,6 +85,12 @@ class Metrics:
             registry=registry,
         )
 
+        self.unknown_endpoints = Gauge(
+            "kvindex_reported_endpoints_unknown",
+            "Endpoints that routers report on and no publisher speaks for.",
+            registry=registry,
+        )
+
     def watch(self, index: Indexed, feed: Fed) -> None:
         self.registry.register(_Watched(index, feed))
 

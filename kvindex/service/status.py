@@ -9,6 +9,12 @@ from kvindex.service import wire
 from kvindex.service.pb import index_pb2 as pb
 
 
+def pod_of(endpoint: str) -> str:
+    """The pod of an endpoint: rank N is called `pod:dpN`."""
+    pod, separator, rank = endpoint.rpartition(":dp")
+    return pod if separator and rank.isdecimal() else endpoint
+
+
 class SourceStatus(NamedTuple):
     """One socket or engine that is configured or was found, whether or not anything was heard from it."""
 
