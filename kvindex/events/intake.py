@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -52,8 +51,6 @@ class Intake:
         self._due = [0.0] * len(self._finders)
         self._running: dict[str, tuple[Source, Subscriber]] = {}
         self._failed: dict[str, str] = {}  # source -> why its subscriber did not start
-        self._distrusted: set[str] = set()
-        self._wake = asyncio.Event()
         self._log = structlog.get_logger().bind(component="intake")
 
     async def run(self) -> None:
@@ -61,13 +58,10 @@ class Intake:
         while True:
             await self.poll()
             wait = min(self._due, default=time.monotonic() + 60) - time.monotonic()
-            wait = max(0.05, min(wait, _RETRY_SECONDS) if self._failed else wait)
-            with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait)
+            await asyncio.sleep(max(0.05, min(wait, _RETRY_SECONDS) if self._failed else wait))
 
     async def poll(self) -> None:
         """One look at every finder that is due, then start and stop what changed."""
-        self._wake.clear()
         due = [i for i, at in enumerate(self._due) if at <= time.monotonic()]
         before = {i: self._finders[i].error for i in due}
         for i, found in zip(due, await asyncio.gather(*[self._finders[i].look() for i in due]), strict=True):
@@ -77,16 +71,6 @@ class Intake:
             if finder.error is not None and finder.error != before[i]:
                 self._log.warning("sources cannot be read", where=finder.where, error=finder.error, kept=len(found))
         await self._follow()
-
-    def renew(self, source: str) -> bool:
-        """Read a source anew, because what was heard of it is not believed any more. False when it has no replay socket
-        to be read from: then only time heals."""
-        running = self._running.get(source)
-        if running is None or not running[0].socket.replay:
-            return False
-        self._distrusted.add(source)
-        self._wake.set()
-        return True
 
     async def stop(self) -> bool:
         """End all subscribers; the sink keeps what it knows. True when all ended in time."""
@@ -122,7 +106,7 @@ class Intake:
             for source in self._found.get(i, ()):
                 wanted.setdefault(source.socket.source, source)
         for name, (running, subscriber) in list(self._running.items()):
-            if wanted.get(name) != running or name in self._distrusted:
+            if wanted.get(name) != running:
                 await asyncio.to_thread(subscriber.stop, self._stop_seconds)
                 del self._running[name]
                 if name not in wanted:
@@ -131,7 +115,6 @@ class Intake:
                     # The new subscriber replays everything from the start; to the index that has to be new.
                     self._sink.restarted(name)
                 self._log.info("source stopped", source=name, gone=name not in wanted)
-        self._distrusted.clear()
         self._failed = {name: why for name, why in self._failed.items() if name in wanted}
         for name, source in wanted.items():
             if name not in self._running:

@@ -106,6 +106,14 @@ class OrderedFeed:
         self._end(complete)
         return complete
 
+    def rebuild(self) -> bool:
+        """What the sink knows of this source is doubted: void it and replay from the beginning. True: whole."""
+        if self._ask is None or self._mixed:
+            return False
+        self._ask_again_at = 0.0
+        self._restart("a rebuild was asked for")
+        return self.sync()
+
     # ------------------------------------------------------------------ replays
 
     def _catch_up(self) -> bool:

@@ -76,6 +76,7 @@ class Subscriber:
         self._context: Context = context or zmq.Context()
         self._stopping = threading.Event()
         self._may_have_missed = threading.Event()
+        self._rebuild = threading.Event()
         self._inbox = Inbox(config.max_messages, config.max_bytes)
         self._receiver = Receiver(
             self._context,
@@ -125,6 +126,15 @@ class Subscriber:
             self._end_context()
         return ended
 
+    def renew(self) -> bool:
+        """Have the sink forget this source and replay it from the beginning, soon, in the consumer's thread. False, and
+        nothing happens, without a replay socket."""
+        if not self.config.replay:
+            return False
+        self._rebuild.set()
+        self._inbox.nudge()
+        return True
+
     def status(self) -> SubscriberStatus:
         detail = self._detail or self._feed.problem
         if self._stopping.is_set():
@@ -162,6 +172,9 @@ class Subscriber:
             missed = self._may_have_missed.is_set() or self._inbox.overflow > self._overflow_seen
             frames = self._inbox.get(0.0 if missed else max(0.0, next_probe - time.monotonic()))
             try:
+                if self._rebuild.is_set():
+                    self._rebuild.clear()
+                    self._feed.rebuild()
                 if frames is not None:
                     self._feed.live(frames)
                     next_probe = time.monotonic() + self.config.probe_seconds

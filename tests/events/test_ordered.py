@@ -337,6 +337,20 @@ def test_stopping_ends_the_attempts() -> None:
     assert len(engine.questions) == 1
 
 
+def test_a_rebuild_voids_and_replays() -> None:
+    engine = Engine()
+    feed, sink = feed_of(engine)
+    for _ in range(2):
+        feed.live(engine.publish())
+    assert feed.rebuild()
+    assert sink.log[2:] == ["restarted", "begun", "r0:0", "r0:1", "end", "complete"]
+    engine.down = True
+    assert not feed.rebuild()
+    feed.live(engine.publish())
+    assert sink.log[8:] == ["restarted", "0:2"]  # joined in the middle: what is known now is true
+    assert not OrderedFeed("s", sink).rebuild()
+
+
 def test_random_losses_and_restarts_are_repaired_in_order() -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)

@@ -237,6 +237,8 @@ def test_subscribers_come_and_go_with_the_sources(tmp_path: Path) -> None:
         path.write_text(json.dumps([two.endpoint]))
         await until(lambda: sink.closed == [one.endpoint], intake.poll)
         assert [status.source for status in intake.subscribers()] == [two.endpoint]
+        assert not intake.renew(one.endpoint)
+        assert not intake.renew(two.endpoint)  # no replay socket
         assert await intake.stop()
 
     asyncio.run(run())

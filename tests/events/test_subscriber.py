@@ -320,6 +320,21 @@ def test_a_sink_that_raises_does_not_end_the_stream(start: Start, publisher: Pub
     assert "the sink does not like it" in status.detail
 
 
+def test_a_source_that_is_doubted_is_replayed_from_the_beginning(start: Start, publisher: Publisher) -> None:
+    log = Log()
+    subscriber = start(publisher, log)
+    connected(publisher, subscriber)
+    publisher.send(b"0")
+    until(lambda: log.payloads == [b"0"])
+    assert subscriber.renew()
+    until(lambda: log.payloads == [b"0", b"0"])
+    until(lambda: log.calls == ["restarted", "begun", "complete"])
+    publisher.send(b"1")
+    until(lambda: log.payloads == [b"0", b"0", b"1"])
+    other = start(publisher, Log(), replay=None)
+    assert not other.renew()
+
+
 def test_garbage_on_the_wire_is_survived(start: Start) -> None:
     context = zmq.Context()
     garbage = context.socket(zmq.PUB)
