@@ -38,10 +38,12 @@ def prompts(path: Path, *lines: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.fixture
-def replay(capsys: pytest.CaptureFixture[str]) -> Any:
+@pytest.fixture(params=["native", "reference"])
+def replay(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Any:
+    which = ["--reference"] if request.param == "reference" else []
+
     def _replay(*args: str, status: int = 0) -> Any:
-        assert main(["replay", *args, "--reference", "--json"]) == status
+        assert main(["replay", *args, *which, "--json"]) == status
         out, _replay.err = capsys.readouterr()  # type: ignore[attr-defined]
         return json.loads(out)
 
