@@ -30,7 +30,8 @@ def add_parser(subparsers: Any) -> None:
         help="engines, daemon and router in one go: see requests follow their prefix",
         description="Starts three simulated engines, a daemon and a router; plays multi-turn chats with shared system "
         "prompts once round-robin and once by score; prints what it was worth. Ends by itself in under a minute and "
-        "leaves no process behind. Exit status 1 when scoring did not beat round-robin.",
+        "leaves no process behind. Exit status 1 when scoring did not beat round-robin (more found cached, and a lower mean "
+        "time to first token).",
     )
     parser.add_argument("--keep", action="store_true", help="leave everything running until Ctrl-C, to play with")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo-out"), help="folder of the picture")
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             timeout=30,
             stdout=subprocess.DEVNULL,
         )
-        options = ["--num-blocks", "1400", "--prefill-tokens-per-second", "6000", "--seconds-per-output-token", "0.004"]
+        options = ["--num-blocks", "1600", "--prefill-tokens-per-second", "5000", "--seconds-per-output-token", "0.004"]
         engines = [fleet.engine(f"engine-{i}", options) for i in range(1, args.engines + 1)]
         grpc, http = fleet.daemon(engines, model)
         round_robin = fleet.router("round-robin", engines, model, "none", "round-robin")
@@ -62,9 +63,11 @@ def run(args: argparse.Namespace) -> int:
         runs: dict[str, list[Measured]] = {}
         for name, url, marker in (("round-robin", round_robin, "rr"), ("by score", scoring, "kv")):
             _forget(engines)
-            runs[name] = _play(url, name, marker, args.seed, console)
+            played = _play(url, name, marker, args.seed, console)
+            # a router without an index predicts nothing, so its zeros are no predictions
+            runs[name] = played if marker == "kv" else [m._replace(predicted=None) for m in played]
         summaries = [report.summarise(name, measured) for name, measured in runs.items()]
-        won = summaries[1].hit_rate > summaries[0].hit_rate and summaries[1].ttft_p50 < summaries[0].ttft_p50
+        won = summaries[1].hit_rate > summaries[0].hit_rate and summaries[1].ttft_mean < summaries[0].ttft_mean
         args.out.mkdir(parents=True, exist_ok=True)
         drawn = report.picture(runs, summaries, args.out / "demo.svg")
         if args.json:

@@ -20,6 +20,7 @@ class Summary(NamedTuple):
     name: str
     requests: int
     hit_rate: float
+    ttft_mean: float
     ttft_p50: float
     ttft_p95: float
     exact: float | None
@@ -34,6 +35,7 @@ def summarise(name: str, measured: Sequence[Measured]) -> Summary:
         name,
         len(measured),
         sum(m.cached_tokens for m in measured) / max(1, sum(m.prompt_tokens for m in measured)),
+        float(np.mean(first)),
         float(np.percentile(first, 50)),
         float(np.percentile(first, 95)),
         sum(e == 0 for e in errors) / len(errors) if errors else None,
@@ -57,6 +59,7 @@ def table(summaries: Sequence[Summary], console: Console) -> None:
 
     row("requests", *(str(s.requests) for s in summaries))
     row("prompt tokens found cached", *(f"{s.hit_rate:.1%}" for s in summaries))
+    row("time to first token, mean", *(f"{s.ttft_mean * 1e3:.0f} ms" for s in summaries))
     row("time to first token, p50", *(f"{s.ttft_p50 * 1e3:.0f} ms" for s in summaries))
     row("time to first token, p95", *(f"{s.ttft_p95 * 1e3:.0f} ms" for s in summaries))
     row("predictions exactly right", *("-" if s.exact is None else f"{s.exact:.1%}" for s in summaries))

@@ -21,13 +21,13 @@ question table figure value number order system user agent plan tool search resu
 class Shape(NamedTuple):
     """How much work. Sized so that one engine's cache holds its share of the chats, but not all of them."""
 
-    system_prompts: int = 6
-    system_words: int = 260
+    system_prompts: int = 24
+    system_words: int = 900
     chats: int = 30
     turns: int = 4
     turn_words: int = 70
     output_tokens: int = 12
-    concurrency: int = 10
+    concurrency: int = 8
 
 
 class Measured(NamedTuple):
