@@ -30,8 +30,8 @@ def add_parser(subparsers: Any) -> None:
         help="engines, daemon and router in one go: see requests follow their prefix",
         description="Starts three simulated engines, a daemon and a router; plays multi-turn chats with shared system "
         "prompts once round-robin and once by score; prints what it was worth. Ends by itself in under a minute and "
-        "leaves no process behind. Exit status 1 when scoring did not beat round-robin (more found cached, and a lower mean "
-        "time to first token).",
+        "leaves no process behind. Exit status 1 when scoring did not beat round-robin (more found cached, and a lower "
+        "mean time to first token).",
     )
     parser.add_argument("--keep", action="store_true", help="leave everything running until Ctrl-C, to play with")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo-out"), help="folder of the picture")
