@@ -59,6 +59,8 @@ def version() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Expected errors are one line on stderr, never a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # gRPC's C core prints failures that it also returns; whoever wants them sets the variable
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         return _run(arguments)
     except (ConfigError, UsageError) as error:

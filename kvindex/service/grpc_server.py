@@ -6,6 +6,7 @@ Only messages are generated from proto/; methods are registered by hand, which n
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -17,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from kvindex.errors import ServiceError, TokenizerError, UsageError
 from kvindex.service import auth, wire
 from kvindex.service.audit import Observation
-from kvindex.service.config import LimitsConfig, Tls
+from kvindex.service.config import LimitsConfig, Tls, address
 from kvindex.service.lookups import Lookups
 from kvindex.service.metrics import Metrics
 from kvindex.service.pb import index_pb2, indexer_pb2
@@ -72,7 +73,7 @@ class GrpcServer:
         except RuntimeError:
             self.port = 0
         if not self.port:
-            raise ServiceError(f"listen.grpc: cannot listen on {self._listen}: is another process there already?")
+            raise ServiceError(f"listen.grpc: cannot listen on {self._listen}: {_why_not(self._listen)}")
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
@@ -202,6 +203,18 @@ class GrpcServer:
         self._metrics.refused.labels(code.name).inc()
         await context.abort(code, message)
         raise AssertionError("abort raises")
+
+
+def _why_not(listen: str) -> str:
+    """gRPC keeps the reason to itself, so ask the system again."""
+    where = address(listen)
+    try:
+        socket.create_server(
+            (where.host, where.port), family=socket.AF_INET6 if ":" in where.host else socket.AF_INET
+        ).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "gRPC refused the address"
 
 
 class _WrongProtocol(UsageError):
