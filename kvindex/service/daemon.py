@@ -79,8 +79,7 @@ async def serve(config: NodeConfig, *, reference: bool = False) -> None:
         except BaseException:
             await grpc.stop(0)
             raise
-        if config.allow_insecure and not (config.tls or token):
-            logger.warning("neither tls nor a token is set: anyone who reaches the ports may ask", **_where(config))
+        _warn(config, token)
         logger.info("listening", grpc_port=grpc.port, http_port=http.port, version=version)
         following = asyncio.create_task(feed.intake.run(), name="intake")
         readying = asyncio.create_task(_readiness(feed, grpc, config), name="readiness")
@@ -124,5 +123,13 @@ async def _readiness(feed: Feed, grpc: GrpcServer, config: NodeConfig) -> None:
         await asyncio.sleep(COMPLAIN_SECONDS)
 
 
-def _where(config: NodeConfig) -> dict[str, str]:
-    return {"grpc": config.listen.grpc, "http": config.listen.http}
+def _warn(config: NodeConfig, token: str | None) -> None:
+    """Whoever opens a port to other hosts reads here what that means."""
+    for listen in (config.listen.grpc, config.listen.http):
+        if config.tls is None and not node.address(listen).is_loopback:
+            said = (
+                "no tls and no token: whoever reaches this address can ask and read along"
+                if token is None
+                else "the token crosses the network in clear text: set tls too"
+            )
+            log.get("daemon").warning(said, listen=listen)
