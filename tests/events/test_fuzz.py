@@ -25,7 +25,9 @@ from kvindex.events.recording import CaptureReader
 from tests.events.wire import CLEARED, batch, encode, removed, stored
 
 CAPTURES = Path(__file__).parent.parent / "data" / "captures"
-SECONDS = pytest.mark.parametrize("seconds", [2.0, pytest.param(90.0, marks=pytest.mark.soak)])
+SECONDS = pytest.mark.parametrize(
+    "seconds", [2.0, pytest.param(float(os.environ.get("KVINDEX_FUZZ_SECONDS", "60")), marks=pytest.mark.soak)]
+)
 NAMES = ("llama-sha256cbor", "gemma3-swa", "lfm2-hybrid", "offload-gemma3-w-save", "SYNTHETIC-legacy-array-gemma3-swa")
 
 
@@ -254,4 +256,4 @@ def test_an_index_survives_hostile_frames_and_credits_nothing_that_was_not_store
     for tokens in prompts:
         one, two = alone.score(tokens, endpoints=[name]).of(name), beside.score(tokens, endpoints=[name]).of(name)
         assert (one and (one.blocks, one.tokens, one.tiers)) == (two and (two.blocks, two.tokens, two.tiers))
-    assert len(beside.publishers()) < 100
+    assert len(beside.publishers()) <= beside.config.max_publishers
