@@ -98,6 +98,8 @@ class EmbeddedLookup:
         return _matches(self._index.score(query.tokens, lora=query.lora, cache_salt=query.cache_salt))
 
     def follows(self, endpoint: str) -> bool:
+        if endpoint not in self._known:  # it may have spoken for the first time just now
+            self._known = frozenset(p.endpoint for p in self._index.publishers())
         return endpoint in self._known
 
     def report(self, endpoint: str, predicted: int, cached: int, prompt: int) -> None:
