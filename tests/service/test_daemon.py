@@ -329,15 +329,13 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield daemon
 
 
-def test_request_size_protocol_and_deadline(quiet: Daemon) -> None:
+def test_request_size_and_protocol(quiet: Daemon) -> None:
     with quiet.client() as client:
         with pytest.raises(ServiceError, match="RESOURCE_EXHAUSTED"):
             client.call("Score", pb.ScoreRequest(token_ids=bytes(8192)))
         with pytest.raises(ServiceError, match="FAILED_PRECONDITION: protocol: the call needs level 2"):
             client.call("Publishers", pb.PublishersRequest(protocol=2))
     assert quiet.get("/v1/feedback", body=b"x" * 8192).status == 413
-    with quiet.client(timeout=0.00001) as client, pytest.raises(ServiceError, match="DEADLINE_EXCEEDED"):
-        client.score(PROMPT)
 
 
 def test_sigterm_lets_a_stream_go_and_exits_with_0(publisher: Publisher, tmp_path: pathlib.Path) -> None:
