@@ -10,8 +10,22 @@ import msgspec
 
 from kvindex.errors import ConfigError
 from kvindex.index.config import IndexConfig
+from kvindex.router.config_example import EXAMPLE
 from kvindex.service import yamlfile
 from kvindex.service.config import PublisherConfig, Tls, address
+
+__all__ = [
+    "EXAMPLE",
+    "EndpointConfig",
+    "IndexSource",
+    "Limits",
+    "Policy",
+    "Retry",
+    "RouterConfig",
+    "Scoring",
+    "Timeouts",
+    "load",
+]
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]

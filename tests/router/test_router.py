@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvindex.errors import ConfigError
+from kvindex.router.config import EXAMPLE, RouterConfig
 from kvindex.router.config import load as load_config
 from tests.router.process import Backend, RouterProcess, free_port, read_all, read_request
 from tests.simulator.process import Sim
@@ -395,3 +396,10 @@ def test_a_wrong_config_is_named(text: str, said: str, tmp_path: pathlib.Path) -
     with pytest.raises(ConfigError) as error:
         load_config(path)
     assert said in str(error.value)
+
+
+def test_the_example_is_valid_and_at_the_defaults(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "router.yaml"
+    path.write_text(EXAMPLE)
+    loaded = load_config(path)
+    assert loaded == RouterConfig(endpoints=loaded.endpoints)
