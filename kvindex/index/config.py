@@ -51,7 +51,8 @@ class PublisherOverride(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 class IndexConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`on_lost_messages`: what the daemon does with a gap that cannot be replayed (an embedded index only marks it).
     `max_forgotten_blocks`: how many blocks that nobody holds are remembered so that late children attach.
-    `max_publishers` bounds what a hostile stream can make the index allocate."""
+    `max_publishers` bounds what hostile streams can make the index allocate, `max_publishers_per_source` what one
+    socket can take from the others."""
 
     weights: dict[str, float] = msgspec.field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     on_lost_messages: Literal["fence", "keep"] = "fence"
@@ -59,3 +60,4 @@ class IndexConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cost: CostConfig = msgspec.field(default_factory=CostConfig)
     max_forgotten_blocks: int = 1_000_000
     max_publishers: int = 4096
+    max_publishers_per_source: int = 1024

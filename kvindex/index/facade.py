@@ -127,12 +127,17 @@ class Index:
             if len(known) == 1:
                 return self._streams[known[0]]
         found = self._streams.get((source, topic, rank))
-        if found is None and len(self._streams) < self.config.max_publishers:
+        if found is None and self._may_open(source):
             publisher = describe(source, topic, rank, tuple(self._overrides.values()))
             number = self._blocks.open(publisher)
             found = Stream(source, topic, rank, publisher, number, self._clock())
             self._streams[source, topic, rank] = found
         return found
+
+    def _may_open(self, source: str) -> bool:
+        if len(self._streams) >= self.config.max_publishers:
+            return False
+        return sum(key[0] == source for key in self._streams) < self.config.max_publishers_per_source
 
     def _settle(self, stream: Stream, state: str | None = None) -> None:
         stream.state = state or ("gap" if stream.tracker.holes else "live")

@@ -13,13 +13,13 @@ endpoints:
   - {name: pod-1, url: "http://127.0.0.1:8000"}
 #  - {name: pod-2, address: 10.0.0.8, port: 8000, model: my-model, weight: 2.0, data_parallel_size: 2}
 
-# The same entries (`endpoints: [...]`, also in llm-d's file-discovery form) in a file that is read again when it changes.
+# The same entries (`endpoints: [...]`, llm-d's file-discovery form) in a file that is read again when it changes.
 #endpoints_file: endpoints.yaml
 
 # Who knows where a prefix is: `embedded` (this process listens to the engines itself), a daemon, or `none` (load only).
 index: embedded
 #index: {grpc: "127.0.0.1:50151", timeout_seconds: 0.25, ca: ca.pem, token_file: /run/secrets/kvindex}
-publishers: []                     # for `embedded`: sources that no engine tells of, as in `kvindex config example daemon`
+publishers: []                     # for `embedded`: sources that no engine tells of, as in the daemon's config
 
 # Model name -> folder with tokenizer.json and the chat template. Without it only prompts of token ids have a prefix.
 tokenizers: {}

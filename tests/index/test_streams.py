@@ -219,6 +219,13 @@ def test_publishers_are_bounded(make: Callable[..., Index]) -> None:
     assert statuses == ["applied", "applied", "skipped"]
 
 
+def test_one_source_cannot_take_all(make: Callable[..., Index]) -> None:
+    index = make(max_publishers=10, max_publishers_per_source=2)
+    statuses = [send(index, 0, WHOLE, rank=rank) for rank in range(3)]
+    other = index.ingest("tcp://127.0.0.1:9", [TOPIC, bytes(8), batch(WHOLE)]).status
+    assert [*statuses, other] == ["applied", "applied", "skipped", "applied"]
+
+
 @pytest.mark.parametrize("frames", [[], [b"only"], ["text", b"", b""], b"raw"])
 def test_a_wrong_call_is_an_error_of_ours(index: Index, frames: Any) -> None:
     with pytest.raises(UsageError):
