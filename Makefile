@@ -41,5 +41,8 @@ types: install
 soak: install        ## long chaos and fuzz runs
 	@$(BIN)/python -m pytest -q -m soak
 
+bench: install       ## the indexes beside a Python dict, JSON lines with ratios
+	@$(BIN)/python benchmarks/index_lookup.py
+
 clean:               ## remove what the build made
 	rm -rf $(VENV) build *.egg-info cython_ext/*.so kvindex/service/pb
