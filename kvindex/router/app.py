@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import pathlib
+import ssl
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +19,7 @@ import structlog
 
 from kvindex.errors import ConfigError, ServiceError
 from kvindex.router import lookup_live, schedule, wire
-from kvindex.router.client import ClientConnection, Request, Work
+from kvindex.router.client import ClientConnection, Request, Role, Work
 from kvindex.router.config import EndpointConfig, RouterConfig
 from kvindex.router.endpoints import EndpointTable
 from kvindex.router.metrics import Metrics
@@ -29,6 +31,7 @@ from kvindex.service import auth, yamlfile
 from kvindex.service.config import address, read_token
 
 CHECK_SECONDS = 0.25
+OPEN_PATHS = (b"/healthz", b"/health", b"/readyz")  # what probes ask, without a token and on every listener
 JSON, TEXT = b"application/json", b"text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -59,6 +62,7 @@ class Router:
         self._numbers = 0
         self._prefix = os.urandom(6).hex()
         self._file_seen: tuple[int, int, int] | None = None
+        self._file_error = ""
         self._servers: list[asyncio.AbstractServer] = []
         self.port = 0
 
@@ -93,13 +97,20 @@ class Router:
 
     async def _listen(self) -> None:
         tls = auth.ssl_context(self.config.tls) if self.config.tls else None
-        for field, where in (("listen", self.config.listen), ("admin", self.config.admin)):
+        if tls is not None and self.config.tls and self.config.tls.client_ca:
+            tls.verify_mode = ssl.CERT_REQUIRED
+        clients: Role = "both" if self.config.admin is None else "clients"
+        roles: tuple[tuple[str, str | None, Role], ...] = (
+            ("listen", self.config.listen, clients),
+            ("admin", self.config.admin, "admin"),
+        )
+        for field, where, role in roles:
             if where is None:
                 continue
             at = address(where)
             try:
                 server = await self.loop.create_server(
-                    lambda: ClientConnection(self), at.host, at.port, ssl=tls, reuse_address=True
+                    functools.partial(ClientConnection, self, role), at.host, at.port, ssl=tls, reuse_address=True
                 )
             except OSError as error:
                 raise ServiceError(f"{field}: cannot listen on {where}: {error.strerror or error}") from None
@@ -152,8 +163,11 @@ class Router:
         try:
             added, removed = self.table.replace((*self.config.endpoints, *self._file_endpoints(first=False)))
         except ConfigError as error:
-            self.log.error("endpoints_file cannot be read; the old endpoints stay", error=str(error))
+            if str(error) != self._file_error:
+                self.log.error("endpoints_file cannot be read; the old endpoints stay", error=str(error))
+            self._file_error = str(error)
         else:
+            self._file_error = ""
             if added or removed:
                 self.log.info("endpoints changed", added=added, removed=removed)
 
@@ -182,14 +196,20 @@ class Router:
 
     def work(self, connection: ClientConnection, request: Request) -> Work:
         path = request.path
-        if self._token is not None and path not in (b"/healthz", b"/health"):
+        if self._token is not None and path not in OPEN_PATHS:
             header = request.header(b"authorization")
             if not auth.is_authorized(header.decode("latin-1") if header else None, self._token):
                 return self._own(connection, request, 401, wire.error_body(401, "unauthorized", "a token is needed"))
-        if request.method in (b"GET", b"HEAD"):
+        if request.method in (b"GET", b"HEAD") and (connection.role != "clients" or path in OPEN_PATHS):
             answer = self._admin(path)
             if answer is not None:
                 return self._own(connection, request, *answer)
+        if connection.role == "clients" and (path == b"/metrics" or path.startswith(b"/debug/")):
+            return self._own(
+                connection, request, 404, wire.error_body(404, "not_found", "this is on the admin listener")
+            )
+        if connection.role == "admin":
+            return self._own(connection, request, 404, wire.error_body(404, "not_found", "this is the admin listener"))
         given = request.header(b"x-request-id")
         request_id = given.decode("latin-1")[:128] if given else self._next_id()
         return Forward(self, connection, request, request_id if request_id.isprintable() else self._next_id())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import httptools
 
@@ -59,6 +59,9 @@ class Work(Protocol):
     def check(self, now: float) -> None: ...
 
 
+Role = Literal["both", "clients", "admin"]  # what a listener is for
+
+
 class Host(Protocol):
     """What a connection needs of the router around it."""
 
@@ -74,8 +77,9 @@ class Host(Protocol):
 
 
 class ClientConnection(asyncio.Protocol):
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, role: Role = "both") -> None:
         self._host = host
+        self.role = role
         self._limits = host.limits
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import structlog
 
-from kvindex.errors import KvindexError, ServiceError
+from kvindex.errors import ServiceError
 from kvindex.events.intake import Intake
 from kvindex.events.sources import EngineSources, Finder, Source, StaticSources
 from kvindex.events.subscriber import SourceConfig
@@ -183,7 +183,11 @@ class DaemonLookup:
             self._known = frozenset(await self._client.endpoints())
             reports, self._reports = self._reports, []
             if reports:
-                await self._client.report(reports)
+                try:
+                    await self._client.report(reports)
+                except ServiceError:
+                    self._reports = (reports + self._reports)[:MAX_REPORTS]
+                    raise
         except ServiceError as error:
             if self._error is None or self._error == "not asked yet":
                 self._log.error("the daemon does not answer; routing goes by load", error=str(error))
@@ -209,5 +213,5 @@ async def _every(seconds: float, work: Callable[[], Any]) -> None:
         await asyncio.sleep(seconds)
         try:
             await work()
-        except KvindexError:
+        except Exception:  # noqa: BLE001 - the exchange must outlive one failure; it is logged
             structlog.get_logger().exception("a background exchange failed")

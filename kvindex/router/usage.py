@@ -12,6 +12,7 @@ TAIL_BYTES = 8 << 10
 MAX_HELD_BYTES = 256 << 10  # of one server-sent event; a longer one is passed on unread
 
 _PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+_EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
 
 
@@ -60,8 +61,8 @@ class StreamUsage:
     def pass_on(self, data: bytes) -> bytes:
         """What can be forwarded now; an event that is not complete yet waits for its end."""
         data = self._held + data
-        end = data.rfind(b"\n\n") + 2
-        if end == 1:
+        end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in (b"\n\n", b"\r\n\r\n"))
+        if end == 0:
             if len(data) > MAX_HELD_BYTES:
                 self._held = b""
                 return data
@@ -92,4 +93,4 @@ class StreamUsage:
 
 
 def _events(data: bytes) -> list[bytes]:
-    return [event + b"\n\n" for event in data.split(b"\n\n")[:-1]]
+    return _EVENT.findall(data)

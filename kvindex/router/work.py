@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from typing import TYPE_CHECKING
 
-from kvindex.errors import ServiceError, TokenizerError
+from kvindex.errors import ServiceError, TokenizerError, UsageError
 from kvindex.events.model import Tokens
 from kvindex.router import body as bodies
 from kvindex.router import wire
@@ -154,8 +154,8 @@ class Forward:
         try:
             answer = router.lookup.match(Query(tokens, lora, parsed.cache_salt))
             matches: Matches = await answer if inspect.isawaitable(answer) else answer
-        except ServiceError:
-            self._degrade("index_unavailable")
+        except (ServiceError, UsageError) as error:
+            self._degrade("index_unavailable" if isinstance(error, ServiceError) else "index_refused")
             return PickRequest(len(tokens), True, NO_MATCHES)
         self._compared = True
         return PickRequest(len(tokens), True, matches)
@@ -205,10 +205,12 @@ class Forward:
         """Send the request and wait until its answer has begun; the rest comes through `on_answer`."""
         router, target = self._router, decision.target
         extra = b"x-request-id: %b\r\n" % self.id.encode() if request.header(b"x-request-id") is None else b""
+        dropped = request.dropped
         if len(target.endpoint.targets) > 1:
             extra += b"x-data-parallel-rank: %d\r\n" % target.rank
+            dropped |= {b"x-data-parallel-rank"}  # the rank is the router's pick
         length = len(body) if request.has_body else None
-        head = wire.upstream_head(request.method, request.target, request.headers, request.dropped, length, extra)
+        head = wire.upstream_head(request.method, request.target, request.headers, dropped, length, extra)
         pool = target.endpoint.pool
         while True:
             connection = pool.take() or await pool.connect(router.config.timeouts.connect_seconds)

@@ -403,3 +403,19 @@ def test_the_example_is_valid_and_at_the_defaults(tmp_path: pathlib.Path) -> Non
     path.write_text(EXAMPLE)
     loaded = load_config(path)
     assert loaded == RouterConfig(endpoints=loaded.endpoints)
+
+
+def test_the_admin_listener_and_the_token_keep_things_apart(engines: list[Sim], tmp_path: pathlib.Path) -> None:
+    admin = free_port()
+    (tmp_path / "token").write_text("secret\n")
+    config = {"token_file": str(tmp_path / "token"), "admin": f"127.0.0.1:{admin}", "index": "none"}
+    with RouterProcess(tmp_path, endpoints=[{"name": "a", "url": engines[0].ready["url"]}], **config) as router:
+        body = {"model": "sim", "prompt": "x", "max_tokens": 1}
+        assert router.get("/readyz")[0] == 200
+        assert router.call("/v1/completions", body)[0] == 401
+        assert router.call("/v1/completions", body, authorization="Bearer wrong")[0] == 401
+        assert router.call("/v1/completions", body, authorization="Bearer secret")[0] == 200
+        assert router.call("/metrics", authorization="Bearer secret")[0] == 404
+        router.url = f"http://127.0.0.1:{admin}"
+        assert router.call("/metrics", authorization="Bearer secret")[0] == 200
+        assert router.call("/v1/completions", body, authorization="Bearer secret")[0] == 404
