@@ -43,6 +43,7 @@ class Daemon:
 
     def __init__(self, folder: pathlib.Path, config: dict[str, Any] | None, *, scheme: str = "http") -> None:
         arguments: list[str] = []
+        self._token: str | None = (config or {}).get("token")
         if config is not None:
             config = {"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}, **config}
             (folder / "node.yaml").write_text(json.dumps(config))
@@ -106,7 +107,7 @@ class Daemon:
         return found
 
     def client(self, **access: Any) -> IndexClient:
-        return IndexClient(self.grpc, **{"timeout": DEADLINE_SECONDS, **access})
+        return IndexClient(self.grpc, **{"timeout": DEADLINE_SECONDS, "token": self._token, **access})
 
     def get(
         self,
