@@ -205,7 +205,8 @@ def test_chunked_uploads_keep_alive_head_and_continue(router: RouterProcess) -> 
         )
         assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.sendall(chunked)
-        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        answer, _ = read_request(client)  # an answer with a Content-Length reads like a request
+        assert answer.startswith(b"HTTP/1.1 200 ")
         client.sendall(b"HEAD /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         head = read_all(client, 5)
         assert head.startswith(b"HTTP/1.1 200 ")
@@ -223,7 +224,7 @@ def test_a_client_that_leaves_cancels_the_engine(engines: list[Sim], router: Rou
     body = json.dumps({"model": "sim", "prompt": "leave", "max_tokens": 20_000, "stream": True}).encode()
     with socket.create_connection(("127.0.0.1", router.port), timeout=10) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert client.recv(12) == b"HTTP/1.1 200"
     deadline = time.monotonic() + 10
 
     def running() -> float:
