@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-
 from kvindex.errors import UsageError
 from kvindex.events.model import Tokens
 from kvindex.service import log, wire
@@ -22,6 +20,7 @@ from kvindex.service.status import pod_of
 from kvindex.service.tokenizing import Tokenizers
 
 MAX_UNKNOWN = 1000
+APIS = ("score", "score_stream", "pod_scores")
 
 
 class Lookups:
@@ -40,6 +39,7 @@ class Lookups:
         self._rebuild = rebuild
         self._audit = Audit()
         self._unknown: set[str] = set()
+        self._counters = {api: (metrics.lookups.labels(api), metrics.lookup_hits.labels(api)) for api in APIS}
         self._log = log.get("lookups")
 
     async def score(self, request: pb.ScoreRequest, api: str) -> pb.ScoreResponse:
@@ -121,11 +121,12 @@ class Lookups:
         start = time.perf_counter()
         scores = self._index.score(tokens, model=model, lora=lora, cache_salt=salt, mm=mm, endpoints=endpoints)
         metrics.lookup_seconds.observe(time.perf_counter() - start)
-        metrics.lookups.labels(api).inc()
+        asked, hits = self._counters[api]
+        asked.inc()
         metrics.lookup_tokens.inc(len(tokens))
         if len(scores.endpoints):
-            matched = int(np.max(scores.tokens))
+            matched = int(scores.tokens.max())
             if matched:
-                metrics.lookup_hits.labels(api).inc()
+                hits.inc()
                 metrics.lookup_matched_tokens.inc(matched)
         return scores

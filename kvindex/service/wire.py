@@ -55,7 +55,8 @@ def unpack_tokens(data: bytes, max_tokens: int) -> Tokens:
 
 def question(request: pb.ScoreRequest | pb.ExplainRequest, max_tokens: int) -> Question:
     """Raises UsageError with the field's name."""
-    tokens = unpack_tokens(request.token_ids, max_tokens) if request.token_ids else None
+    packed = request.token_ids  # every access copies
+    tokens = unpack_tokens(packed, max_tokens) if packed else None
     if tokens is None and not request.prompt:
         raise UsageError("token_ids: is empty, and so is prompt; send one of them")
     if tokens is not None and request.prompt:

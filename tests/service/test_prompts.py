@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from kvindex.errors import ConfigError, ServiceError, TokenizerError, UsageError
 from kvindex.service import cli, tokenizing
+from kvindex.service.pb import index_pb2 as pb2
 from kvindex.service.pb import indexer_pb2 as pb
 from kvindex.simulator import tokenizer as sim_tokenizer
 from tests.service.process import Daemon
@@ -120,6 +121,19 @@ def test_a_deadline_ends_a_long_tokenisation_and_nobody_waits_for_it(world: Worl
         begin = time.monotonic()
         assert len(patient.score(world.tokens, "m").endpoints) == 2 + 1
         assert time.monotonic() - begin < 0.2
+
+
+@pytest.mark.e2e
+def test_sigterm_waits_for_calls_in_flight(tmp_path: pathlib.Path) -> None:
+    sim_tokenizer.export(tmp_path / "model")
+    bound = {"source": "tcp://127.0.0.1:0", "bind": True}
+    with Daemon(tmp_path, {"publishers": [bound], "tokenizers": {"m": "model"}}) as daemon, daemon.client() as client:
+        stub = client._calls["Score"]
+        call = stub.future(pb2.ScoreRequest(model="m", prompt=(TEXT + " ") * 20_000), timeout=20)
+        time.sleep(0.1)
+        assert not call.done()
+        assert daemon.stop() == 0
+        assert call.result(timeout=5).prompt_tokens > 100_000
 
 
 @pytest.mark.e2e
