@@ -114,13 +114,13 @@ def test_the_daemon_tokenises_for_score_and_explain_too(world: World) -> None:
 
 @pytest.mark.e2e
 def test_a_deadline_ends_a_long_tokenisation_and_nobody_waits_for_it(world: World) -> None:
-    long = (TEXT + " ") * 30_000
+    long = (TEXT + " ") * 80_000
     with world.daemon.client(timeout=0.1) as hasty, world.daemon.client() as patient:
         with pytest.raises(ServiceError, match="DEADLINE_EXCEEDED"):
             hasty.score(None, "m", prompt=long)
         begin = time.monotonic()
         assert len(patient.score(world.tokens, "m").endpoints) == 2 + 1
-        assert time.monotonic() - begin < 0.2
+        assert time.monotonic() - begin < 1.0
 
 
 @pytest.mark.e2e
